@@ -96,7 +96,7 @@ def test_command_line_beats_preset_beats_stage():
         ("optim.lr=nan", "optim.lr=nan must be at least 0.0."),
         ("model.kv_heads=3", "model.kv_heads=3 must divide model.heads=4: use one of 1, 2, 4."),
         ("model.head_dim=32", "must equal model.hidden_size=256: use model.hidden_size=128."),
-        ("train.micro_batch=3", "use train.batch_tokens=12288."),
+        ("train.micro_batch=3", "use train.batch_tokens=36864."),
         ("train.seq_len=8192", "set model.max_position_embeddings=8192"),
         ("init_from=previous", "stage pretrain_4k is the first"),
         ("+data.weights.pretrain_4k.wikipedia=1", "no such source; data.sources has"),
