@@ -64,7 +64,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     job = Job(
         config, directory, engine, stream, token_loss, total_steps,
         validate=lambda: held_out.measure(engine, token_loss),
-        throughput=Throughput(config.model, peak_flops(device_name(device), config.run.peak_tflops)),
+        throughput=Throughput(config.model, peak_flops(device_name(device), config.engine.dtype, config.run.peak_tflops)),
         metrics=Metrics(directory, config.run.wandb, config=OmegaConf.to_container(OmegaConf.create(text))),
     )  # fmt: skip
     resumed = resume(job)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from internlm2.config import Config, ConfigError
 from internlm2.data.batch import PackedBatch
-from internlm2.data.stream import TokenStream, check_fingerprint
+from internlm2.data.stream import TokenStream
 from internlm2.engine.base import Engine, LossFunction, StepResult
 from internlm2.engine.checkpoint import CheckpointWriter
 from internlm2.engine.checkpoint_format import CheckpointError, list_checkpoints
@@ -63,8 +63,7 @@ class Job:
         return [self.stream.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def save(self) -> None:
-        state = {"position": self.position, "tokens": self.tokens, "data": self.stream.fingerprint}
-        self.writer.save(self.engine, state)
+        self.writer.save(self.engine, {"tokens": self.tokens, "data": self.stream.state(self.position)})
 
 
 def train(job: Job, console: Console) -> StopSignals:
@@ -104,8 +103,8 @@ def resume(job: Job) -> bool:
     if found and state is None:
         raise CheckpointError(f"None of the {len(found)} checkpoints in {job.run.checkpoints} can be read: move them away to start anew.")
     if state is not None:
-        check_fingerprint(state["data"], job.stream.fingerprint, job.config.data.on_change)
-        job.position, job.tokens = state["position"], state["tokens"]
+        job.stream.check_fingerprint(state["data"], job.config.data.on_change)
+        job.position, job.tokens = state["data"]["position"], state["tokens"]
     job.metrics.truncate_after(job.engine.step)
     return state is not None
 
