@@ -42,8 +42,7 @@ def test_second_run_is_refused_and_kill_9_frees_the_directory(tmp_path, worker):
     holder = start_holder(tmp_path, *worker)
     try:
         with pytest.raises(RunLocked, match=rf"in use by another run \(process {holder.pid} on .*another name="):
-            with RunDirectory(tmp_path).lock():
-                pass
+            RunDirectory(tmp_path).lock().__enter__()
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
         with RunDirectory(tmp_path).lock():

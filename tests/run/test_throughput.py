@@ -28,7 +28,7 @@ SHAPE = ModelConfig(
 
 
 def test_flops_equal_those_that_torch_counts():
-    """Oracle: FlopCounterMode over the matrix products of such a network, with full (not causal) attention: T * T pairs."""
+    """Oracle: FlopCounterMode over the matrix products of such a network, with full attention: T * T pairs."""
     tokens, width, heads, kv = 16, SHAPE.hidden_size, SHAPE.heads, SHAPE.kv_heads
     qkv = nn.Linear(width, (heads + 2 * kv) * 8, bias=False)
     rest = [nn.Linear(width, width, bias=False), *(nn.Linear(width, 56, bias=False) for _ in range(2))]
