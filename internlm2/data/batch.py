@@ -11,7 +11,9 @@ from internlm2.data.rows import IGNORE, Row
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """T tokens of n sequences (documents or pieces of them), one after another; attention and positions restart at each boundary."""
+    """T tokens of n sequences (documents or pieces of them), one after another; attention and positions restart at
+    each boundary.
+    """
 
     ids: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64: the token that position t should predict, already shifted; -100 = no loss

@@ -1,4 +1,6 @@
-"""Folders that are built once and then only read: written beside their place, renamed when complete, safe with several processes."""
+"""Folders that are built once and then only read: written beside their place, renamed when complete, safe with
+several processes.
+"""
 
 import contextlib
 import errno
@@ -16,8 +18,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 def build_once(final: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
     """`final`, made by `build(temporary folder)` unless it is there and complete.
 
-    The temporary folder is renamed only after every file in it is on disk, so that a killed process leaves nothing visible; what it left
-    is removed by the next one. A second process waits for the first. A full disk raises ConfigError and changes nothing.
+    The temporary folder is renamed only after every file in it is on disk, so that a killed process leaves nothing
+    visible; what it left is removed by the next one. A second process waits for the first. A full disk raises
+    ConfigError and changes nothing.
     """
     if is_complete(final):
         return final
@@ -64,7 +67,9 @@ def _publish(temporary: Path, final: Path, is_complete: Callable[[Path], bool]) 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, released by the kernel if the process dies. Without lock support the atomic rename alone protects."""
+    """Hold an advisory lock, released by the kernel if the process dies. Without lock support the atomic rename
+    alone protects.
+    """
     try:
         import fcntl
     except ImportError:  # not a Unix

@@ -11,8 +11,8 @@ from internlm2.data.shards import Shard
 
 @dataclass
 class Corpus:
-    """Shards by source name. A document is held out by the hash of its content, so adding other documents never moves it, and exact
-    copies, in whatever source, lie on the same side.
+    """Shards by source name. A document is held out by the hash of its content, so adding other documents never moves
+    it, and exact copies, in whatever source, lie on the same side.
     """
 
     shards: dict[str, Shard]

@@ -1,4 +1,6 @@
-"""What a source yields: documents, records that could not be read, and the units of work in which worker processes read them."""
+"""What a source yields: documents, records that could not be read, and the units of work in which worker processes
+read them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +11,8 @@ from typing import Protocol
 class Document:
     """One document: `text`, or `tokens` that another program made (a negative id = no loss on that token).
 
-    `file` and `line` say where it stands (line 0: the whole file). Documents of equal `split_key` fall on the same side of the
-    hold-out; without a key the content decides.
+    `file` and `line` say where it stands (line 0: the whole file). Documents of equal `split_key` fall on the same side
+    of the hold-out; without a key the content decides.
     """
 
     file: str
@@ -22,7 +24,9 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be used, where it stands, and why. A `fatal` one stops the run: skipping it would hide a wrong config."""
+    """A record that cannot be used, where it stands, and why. A `fatal` one stops the run: skipping it would hide a
+    wrong config.
+    """
 
     file: str
     line: int
@@ -42,7 +46,8 @@ class RecordError(ValueError):
 class Unit(Protocol):
     """A piece of a source that one worker process reads and tokenizes: small enough to send, independent of all others.
 
-    `documents` sets `lines` to the number of lines read where line numbers count from the start of the unit, else leaves it 0.
+    `documents` sets `lines` to the number of lines read where line numbers count from the start of the unit, else
+    leaves it 0.
     """
 
     size: int  # bytes of input, for the progress bar

@@ -62,7 +62,9 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
 
 
 def encode_units(units: Sequence[Unit], tokenizer: Tokenizer, workers: int | None) -> Iterator[EncodedUnit]:
-    """Encode all units; the results come in the order of `units` whatever the number of processes (None: as many as pay off)."""
+    """Encode all units; the results come in the order of `units` whatever the number of processes (None: as many as
+    pay off).
+    """
     if workers is None:
         workers = min(available_cpus(), sum(unit.size for unit in units) // BYTES_PER_WORKER)
     workers = min(workers, len(units))
@@ -139,7 +141,8 @@ class _UnitBuilder:
         assert document.tokens is not None
         largest = max(map(abs, document.tokens))
         if largest >= self.tokenizer.vocab_size:
-            reason = f"token id {largest} lies outside the tokenizer's {self.tokenizer.vocab_size} ids: made with another vocabulary?"
+            size = self.tokenizer.vocab_size
+            reason = f"token id {largest} lies outside the tokenizer's {size} ids: made with another vocabulary?"
             self.bad.append(BadRecord(document.file, document.line, reason, fatal=True))
             return
         signed = np.array(document.tokens, dtype=np.int64)
@@ -148,7 +151,9 @@ class _UnitBuilder:
         mask = (signed <= 0).astype(np.uint8) if signed.min() <= 0 else None
         self._add(document, ids.astype(token_type(self.tokenizer.vocab_size)), mask, signed.tobytes(), 0)
 
-    def _add(self, document: Document, tokens: np.ndarray, mask: np.ndarray | None, content: bytes, text_bytes: int) -> None:
+    def _add(
+        self, document: Document, tokens: np.ndarray, mask: np.ndarray | None, content: bytes, text_bytes: int
+    ) -> None:
         self.tokens.append(tokens)
         self.masks.append(mask)
         self.hashes.append(split_hash(content if document.split_key is None else document.split_key.encode("utf-8")))
@@ -161,7 +166,10 @@ class _UnitBuilder:
         mask = None
         if any(part is not None for part in self.masks):
             mask = np.concatenate(
-                [np.zeros(len(tokens), np.uint8) if part is None else part for tokens, part in zip(self.tokens, self.masks)]
+                [
+                    np.zeros(len(tokens), np.uint8) if part is None else part
+                    for tokens, part in zip(self.tokens, self.masks)
+                ]
             )
         empty = np.empty(0, token_type(self.tokenizer.vocab_size))
         return EncodedUnit(

@@ -12,8 +12,9 @@ PERIOD = 1 << 15
 class SlotTable:
     """Maps a position to (pool, how many earlier positions drew from that pool) in O(1).
 
-    In every prefix of a period each pool has its exact share of turns to less than one turn (earliest deadline first on unit jobs with
-    release floor(j / share) and deadline ceil((j + 1) / share), which is feasible because the shares sum to one).
+    In every prefix of a period each pool has its exact share of turns to less than one turn (earliest deadline first on
+    unit jobs with release floor(j / share) and deadline ceil((j + 1) / share), which is feasible because the shares sum
+    to one).
     """
 
     def __init__(self, shares: Sequence[float]) -> None:
@@ -37,7 +38,9 @@ class SlotTable:
 
 
 def _apportion(shares: np.ndarray) -> np.ndarray:
-    """Whole turns proportional to `shares` by largest remainders, at least one each, divided by their common divisor."""
+    """Whole turns proportional to `shares` by largest remainders, at least one each, divided by their common
+    divisor.
+    """
     exact = shares / shares.sum() * PERIOD
     turns = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = PERIOD - int(turns.sum())

@@ -1,8 +1,10 @@
-"""Which documents share a row: a packing plan is computed once from the document lengths, cached on disk, and read by memory map.
+"""Which documents share a row: a packing plan is computed once from the document lengths, cached on disk, and read by
+memory map.
 
-`concatenate`: shuffled documents one after another, cut every `seq_len` tokens; every row but the last is full ("longer documents
-truncated and the remainder also used", report 3.3.1). `best_fit`: documents stay whole, each in the fullest row that still has room;
-longer ones are cut into full rows and their remainder is packed. Either way every token stands in exactly one row.
+`concatenate`: shuffled documents one after another, cut every `seq_len` tokens; every row but the last is full ("longer
+documents truncated and the remainder also used", report 3.3.1). `best_fit`: documents stay whole, each in the fullest
+row that still has room; longer ones are cut into full rows and their remainder is packed. Either way every token stands
+in exactly one row.
 """
 
 import hashlib
@@ -44,7 +46,9 @@ class PackingPlan:
         return self._segments[self._row_starts[number] : self._row_starts[number + 1]]
 
 
-def plan_rows(documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: int) -> tuple[np.ndarray, np.ndarray]:
+def plan_rows(
+    documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Pack `documents` [N] of `lengths` [N] tokens into rows of at most `seq_len`; `key` shuffles them first.
 
     Returns `row_starts` [rows + 1] int64 and `segments` [S, 3] int64 (document, first token, length): row r is
@@ -57,7 +61,9 @@ def plan_rows(documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing:
     return _best_fit(documents, lengths, seq_len)
 
 
-def plan_of(folder: Path, documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: int) -> PackingPlan:
+def plan_of(
+    folder: Path, documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: int
+) -> PackingPlan:
     """The plan cached in `folder`, made now if it is not there."""
 
     def build(temporary: Path) -> None:
@@ -120,7 +126,8 @@ def _best_fit(documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """[N] row of each item: longest first, each into the row with the least room that still holds it, or a new row.
 
-    Rows with the same room are kept in one stack, and a bit set says which stacks hold any, so an item costs one bit search.
+    Rows with the same room are kept in one stack, and a bit set says which stacks hold any, so an item costs one bit
+    search.
     """
     rows = np.empty(len(lengths), np.int64)
     stacks: list[list[int]] = [[] for _ in range(capacity + 1)]

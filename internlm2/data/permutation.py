@@ -21,7 +21,8 @@ def mix(value: int) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where `index` goes under a random permutation of range(size): a Feistel network, walked until it falls inside the range.
+    """Where `index` goes under a random permutation of range(size): a Feistel network, walked until it falls inside the
+    range.
 
     O(1): the network permutes the next power of two, so that fewer than two rounds of it are expected.
     """

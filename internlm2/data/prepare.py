@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 def prepare(
     config: DataConfig, vocab_size: int, progress: bool = True, sources: Iterable[str] | None = None
 ) -> tuple[Tokenizer, Corpus]:
-    """Tokenizer and corpus of a config. `sources` limits which are tokenized (None: all); a trained tokenizer sees all of them anyway.
+    """Tokenizer and corpus of a config. `sources` limits which are tokenized (None: all); a trained tokenizer sees all
+    of them anyway.
 
-    Safe to call from many processes at once: one works, the others wait and read. Raises ConfigError for missing or empty sources, for
-    bad records under `strict`, and where the tokenizer has more ids than the model's `vocab_size`.
+    Safe to call from many processes at once: one works, the others wait and read. Raises ConfigError for missing or
+    empty sources, for bad records under `strict`, and where the tokenizer has more ids than the model's `vocab_size`.
     """
     check_sources(config)
     opened = open_sources(config)
@@ -57,7 +58,9 @@ def prepare(
     return tokenizer, Corpus(shards, tokenizer.fingerprint, config.validation_fraction, cache_dir)
 
 
-def make_tokenizer(config: DataConfig, sources: dict[str, Source], manifests: dict[str, str], cache_dir: Path) -> Tokenizer:
+def make_tokenizer(
+    config: DataConfig, sources: dict[str, Source], manifests: dict[str, str], cache_dir: Path
+) -> Tokenizer:
     """Load the tokenizer that the config names, or train it on the sources (once; cached by their content)."""
     settings = config.tokenizer
     aliases = {str(name): str(piece) for name, piece in (settings.aliases or {}).items()}
@@ -68,7 +71,9 @@ def make_tokenizer(config: DataConfig, sources: dict[str, Source], manifests: di
     size = settings.vocab_size
     if size is None:
         raise ConfigError("data.tokenizer.kind=train needs data.tokenizer.vocab_size")
-    identity = f"{TRAINER_VERSION} {size} {settings.train_bytes} {config.validation_fraction} {sorted(manifests.items())}"
+    identity = (
+        f"{TRAINER_VERSION} {size} {settings.train_bytes} {config.validation_fraction} {sorted(manifests.items())}"
+    )
     folder = cache_dir / "tokenizers" / f"bpe{size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def build(temporary: Path) -> None:
@@ -81,7 +86,8 @@ def make_tokenizer(config: DataConfig, sources: dict[str, Source], manifests: di
 
 
 def sample_texts(sources: list[Source], limit: int, validation_fraction: float) -> Iterator[str]:
-    """About `limit` bytes of training text, in equal parts from each source; what a small one leaves over goes to the others.
+    """About `limit` bytes of training text, in equal parts from each source; what a small one leaves over goes to the
+    others.
 
     Units of a source are taken in a fixed random order, so that a part of a large source is a sample of all its files.
     """

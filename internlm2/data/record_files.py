@@ -54,7 +54,9 @@ class LineUnit:
                 with gzip.open(self.path, "rb") as stream:
                     yield from stream
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ConfigError(f"{self.path} is truncated or no gzip file after line {self.lines}: {error}") from error
+                raise ConfigError(
+                    f"{self.path} is truncated or no gzip file after line {self.lines}: {error}"
+                ) from error
             return
         with open(self.path, "rb") as stream:
             if self.start:
@@ -117,7 +119,9 @@ class ParquetUnit:
                     except RecordError as error:
                         yield BadRecord(self.name, number, str(error))
         except (OSError, pyarrow.ArrowException) as error:
-            raise ConfigError(f"{self.path}: row group {self.row_group} cannot be read after row {number}: {error}") from error
+            raise ConfigError(
+                f"{self.path}: row group {self.row_group} cannot be read after row {number}: {error}"
+            ) from error
 
 
 @dataclass(slots=True)
@@ -144,7 +148,10 @@ def line_units(path: Path, name: str, field: str | None) -> list[LineUnit]:
     if path.suffix == ".gz":
         return [LineUnit(path, name, 0, None, field, size)]
     starts = range(0, size, RANGE_BYTES)
-    return [LineUnit(path, name, start, min(start + RANGE_BYTES, size), field, min(RANGE_BYTES, size - start)) for start in starts]
+    return [
+        LineUnit(path, name, start, min(start + RANGE_BYTES, size), field, min(RANGE_BYTES, size - start))
+        for start in starts
+    ]
 
 
 def json_units(path: Path, name: str, field: str) -> list[LineUnit] | list[ArrayUnit]:
@@ -173,7 +180,9 @@ def parquet_units(path: Path, name: str, field: str) -> list[ParquetUnit]:
     if field not in schema.names:
         raise ConfigError(f"{path} has no column {field!r}: set field to one of {', '.join(schema.names)}")
     kind = schema.field(field).type
-    if not any(test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)):
+    if not any(
+        test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)
+    ):
         raise ConfigError(f"{path}: column {field!r} holds {kind}, not text")
     units, row = [], 0
     for group in range(file.num_row_groups):

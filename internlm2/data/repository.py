@@ -1,7 +1,9 @@
-"""Order the files of a repository so that what is imported stands before its importer, and join them into one Markdown document.
+"""Order the files of a repository so that what is imported stands before its importer, and join them into one Markdown
+document.
 
-Report 3.1.2: files are regrouped by repository, imports found with regular expressions, files sorted topologically; documentation goes
-before the first code file of its folder, a cycle starts at its alphabetically first file, of several candidate paths the shorter wins.
+Report 3.1.2: files are regrouped by repository, imports found with regular expressions, files sorted topologically;
+documentation goes before the first code file of its folder, a cycle starts at its alphabetically first file, of several
+candidate paths the shorter wins.
 """
 
 import re
@@ -9,7 +11,9 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 _IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+(?P<source>\.*[\w.]*)[ \t]+import[ \t]+(?P<names>\([^)]*\)|[^\n#;]+)|import[ \t]+(?P<modules>[\w., \t]+))", re.M
+    r"^[ \t]*(?:from[ \t]+(?P<source>\.*[\w.]*)[ \t]+import[ \t]+(?P<names>\([^)]*\)|[^\n#;]+)"
+    r"|import[ \t]+(?P<modules>[\w., \t]+))",
+    re.M,
 )
 _DOCUMENTATION = re.compile(r"^(readme|changelog|changes|news|todo|notes?|history)\b.*|.*\.(md|rst)$", re.I)
 
@@ -22,8 +26,9 @@ def is_documentation(path: str) -> bool:
 def imports_of(path: str, text: str, modules: dict[str, str]) -> set[str]:
     """Files among `modules` (dotted name -> path) that the Python file at `path` imports.
 
-    `from package import name` counts as an import of the submodule `name` where there is one, and of `package/__init__.py` only otherwise:
-    else every `__init__` that re-exports its package would drag in files which the importer never uses.
+    `from package import name` counts as an import of the submodule `name` where there is one, and of
+    `package/__init__.py` only otherwise: else every `__init__` that re-exports its package would drag in files which
+    the importer never uses.
     """
     package = _dotted(path) if path.endswith("__init__.py") else _dotted(path).rpartition(".")[0]
     found: set[str] = set()
@@ -37,7 +42,9 @@ def imports_of(path: str, text: str, modules: dict[str, str]) -> set[str]:
         source = _absolute(match["source"], package)
         if source is None:
             continue
-        names = [words.split()[0] for words in match["names"].strip("() \t\n").replace("\n", " ").split(",") if words.split()]
+        names = [
+            words.split()[0] for words in match["names"].strip("() \t\n").replace("\n", " ").split(",") if words.split()
+        ]
         candidates = [modules.get(f"{source}.{name}".lstrip(".")) for name in names]
         found |= {path for path in candidates if path is not None}
         if None in candidates:
@@ -46,7 +53,9 @@ def imports_of(path: str, text: str, modules: dict[str, str]) -> set[str]:
 
 
 def dependency_order(files: dict[str, str]) -> list[str]:
-    """Paths of `files` (path -> text): imported before importer, ties and the starts of cycles alphabetical, documentation ahead."""
+    """Paths of `files` (path -> text): imported before importer, ties and the starts of cycles alphabetical,
+    documentation ahead.
+    """
     code = sorted(path for path in files if path.endswith(".py"))
     modules = _module_index(code)
     imports = {path: imports_of(path, files[path], modules) for path in code}
@@ -81,7 +90,9 @@ def _dotted(path: str) -> str:
 
 
 def _module_index(code: list[str]) -> dict[str, str]:
-    """Dotted name -> path. A file is also known by its name below folders that are no packages (`src/pkg/a.py` is `pkg.a`)."""
+    """Dotted name -> path. A file is also known by its name below folders that are no packages (`src/pkg/a.py` is
+    `pkg.a`).
+    """
     packages = {str(PurePosixPath(path).parent) for path in code if path.endswith("__init__.py")}
     index: dict[str, str] = {}
     for path in sorted(code, key=lambda path: (len(path), path)):
@@ -116,7 +127,9 @@ def _absolute(source: str, package: str) -> str | None:
 
 
 def _topological(paths: list[str], imports: dict[str, set[str]]) -> list[str]:
-    """Imported before importer. In a cycle the alphabetically first file comes first and the rest is ordered anew without it."""
+    """Imported before importer. In a cycle the alphabetically first file comes first and the rest is ordered anew
+    without it.
+    """
     ordered: list[str] = []
     groups = [list(paths)]  # a stack; a group of one is a finished file
     while groups:

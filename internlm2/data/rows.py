@@ -29,7 +29,8 @@ class Row:
 def build_row(shard: Shard, source: int, segments: Iterable[tuple[int, int, int]]) -> Row:
     """Read the segments (document, first token, length) of one source.
 
-    Each label is the next token of the same document, also across a cut; the last token of a document and masked targets have none.
+    Each label is the next token of the same document, also across a cut; the last token of a document and masked
+    targets have none.
     """
     segments = list(segments)
     total = sum(length for _, _, length in segments)
@@ -38,7 +39,9 @@ def build_row(shard: Shard, source: int, segments: Iterable[tuple[int, int, int]
     at = 0
     for number, (document, first, length) in enumerate(segments):
         begin = int(shard.offsets[document]) + first
-        known = min(length + 1, int(shard.offsets[document + 1]) - begin)  # one more, for the last label, where the document goes on
+        known = min(
+            length + 1, int(shard.offsets[document + 1]) - begin
+        )  # one more, for the last label, where the document goes on
         tokens = shard.tokens[begin : begin + known]
         ids[at : at + length] = tokens[:length]
         labels[at : at + known - 1] = tokens[1:]

@@ -1,7 +1,8 @@
 """Tokenized documents of one source on disk: memory-mapped tokens, offsets, and what is known of each document.
 
-A shard lies in `cache_dir/shards/<source>-<key>`; the key hashes the source's content, the tokenizer and this format, so that nothing is
-tokenized twice and nothing stale is read. `content` hashes what training sees (tokens, lengths, loss mask): it is equal on every machine.
+A shard lies in `cache_dir/shards/<source>-<key>`; the key hashes the source's content, the tokenizer and this format,
+so that nothing is tokenized twice and nothing stale is read. `content` hashes what training sees (tokens, lengths, loss
+mask): it is equal on every machine.
 """
 
 import hashlib
@@ -23,7 +24,13 @@ from internlm2.data.tokenizer import Tokenizer
 
 FORMAT = 1
 _SHOWN_BAD = 20
-_COLUMNS = {"offsets": np.int64, "split_hashes": np.uint64, "text_bytes": np.int64, "file_index": np.int64, "lines": np.int64}
+_COLUMNS = {
+    "offsets": np.int64,
+    "split_hashes": np.uint64,
+    "text_bytes": np.int64,
+    "file_index": np.int64,
+    "lines": np.int64,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +102,13 @@ def shard_of(
 ) -> Shard:
     """The tokenized source, from the cache or made now.
 
-    Bad records are skipped, counted and named in a warning; with `strict` the first one raises ConfigError. So does a source without any
-    document, and ready-made tokens of another vocabulary.
+    Bad records are skipped, counted and named in a warning; with `strict` the first one raises ConfigError. So does a
+    source without any document, and ready-made tokens of another vocabulary.
     """
     manifest = manifest or source.manifest()
-    key = hashlib.sha256(f"{FORMAT} {manifest} {tokenizer.fingerprint} {tokenizer.vocab_size}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {manifest} {tokenizer.fingerprint} {tokenizer.vocab_size}".encode()).hexdigest()[
+        :16
+    ]
     folder = cache_dir / "shards" / f"{source.name}-{key}"
 
     def build(temporary: Path) -> None:
@@ -115,7 +124,9 @@ def shard_of(
     if bad:
         message = f"{source.name}: {bad} bad record{'s' if bad > 1 else ''}, {'; '.join(shard.meta['bad_first'][:3])}"
         if strict:
-            raise ConfigError(f"{message}. Mend or remove {'them' if bad > 1 else 'it'}, or set data.strict=false to skip.")
+            raise ConfigError(
+                f"{message}. Mend or remove {'them' if bad > 1 else 'it'}, or set data.strict=false to skip."
+            )
         logger.warning("%s%s; skipped", message, " ..." if bad > 3 else "")
     return shard
 
@@ -124,12 +135,16 @@ def is_complete(folder: Path) -> bool:
     """Whether a shard folder holds every file at its full size."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return meta["format"] == FORMAT and all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
+        return meta["format"] == FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in meta["sizes"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def write_shard(folder: Path, name: str, encoded: Iterable[EncodedUnit], tokenizer: Tokenizer, *, strict: bool = False) -> None:
+def write_shard(
+    folder: Path, name: str, encoded: Iterable[EncodedUnit], tokenizer: Tokenizer, *, strict: bool = False
+) -> None:
     """Write all units into `folder`, which appears as a shard only when `meta.json`, the last file, is there."""
     with _Writer(folder, name, strict) as writer:
         for unit in encoded:
@@ -204,7 +219,7 @@ class _Writer:
         if unit.mask is None:
             return
         if "mask" not in self.streams:
-            self.streams["mask"] = open(self.folder / "mask.bin", "wb")  # noqa: SIM115
+            self.streams["mask"] = open(self.folder / "mask.bin", "wb")
         self.streams["mask"].seek(self.tokens)  # what was skipped reads as zeros
         self.streams["mask"].write(unit.mask.data)
         self.masked += int(unit.mask.sum())
@@ -237,7 +252,13 @@ def _with_progress(units: Iterator[EncodedUnit], name: str, size: int) -> Iterat
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("tokenizing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("tokenizing {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=size)
         for unit in units:

@@ -1,4 +1,6 @@
-"""The sources that a config names: where their documents are, whether they can be read, and what identifies their content."""
+"""The sources that a config names: where their documents are, whether they can be read, and what identifies their
+content.
+"""
 
 import glob
 import hashlib
@@ -16,7 +18,8 @@ SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
     "internevo": (".bin",),
 }
-# Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they are the same.
+# Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they
+# are the same.
 HASH_WHOLE_BYTES = 64 << 20
 _SAMPLE_BYTES = 1 << 20
 _UNIT_CHARACTERS = 1 << 20
@@ -95,7 +98,9 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
 
 
 def check_sources(config: DataConfig) -> None:
-    """Fail early: paths, suffixes, empty files, weights of unknown sources, the tokenizer's file. Reads no documents; imports nothing heavy."""
+    """Fail early: paths, suffixes, empty files, weights of unknown sources, the tokenizer's file. Reads no
+    documents; imports nothing heavy.
+    """
     open_sources(config)
     for stage, weights in config.weights.items():
         check_weights(weights, config.sources, f"data.weights.{stage}")
@@ -104,7 +109,9 @@ def check_sources(config: DataConfig) -> None:
         if tokenizer.vocab_size is None:
             raise ConfigError("data.tokenizer.kind=train needs data.tokenizer.vocab_size")
         if all(source.kind == "internevo" for source in config.sources.values()):
-            raise ConfigError("data.tokenizer.kind=train needs text, and every source holds tokens: give the tokenizer that made them")
+            raise ConfigError(
+                "data.tokenizer.kind=train needs text, and every source holds tokens: give the tokenizer that made them"
+            )
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path")
     elif not Path(tokenizer.path).expanduser().exists():
@@ -123,11 +130,17 @@ def check_weights(weights, sources, key: str) -> None:
 
 
 def _find_files(key: str, path: str, kind: str) -> tuple[list[Path], Path]:
-    """Files that a path, folder or pattern names, in the order of their names, and the folder that names are relative to."""
+    """Files that a path, folder or pattern names, in the order of their names, and the folder that names are
+    relative to.
+    """
     place = Path(path).expanduser()
     suffixes = SUFFIXES[kind]
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.is_file() and file.name.endswith(suffixes) and not _hidden(file, place))
+        found = sorted(
+            file
+            for file in place.rglob("*")
+            if file.is_file() and file.name.endswith(suffixes) and not _hidden(file, place)
+        )
         base = place
         if not found:
             raise ConfigError(f"{key}.path: the folder {path} holds no {' or '.join(suffixes)} file")

@@ -1,7 +1,7 @@
 """A corpus that every machine has: the standard library of the running Python (PSF licence), read without a download.
 
-Four parts. `code`: its modules. `packages`: long documents, of 32 KiB and more (report 3.1.3): whole packages in import order (report
-3.1.2) and single modules. `prose`: the language reference that `help()` prints. `docstrings`: one page of
+Four parts. `code`: its modules. `packages`: long documents, of 32 KiB and more (report 3.1.3): whole packages in import
+order (report 3.1.2) and single modules. `prose`: the language reference that `help()` prints. `docstrings`: one page of
 API documentation for each module.
 """
 
@@ -23,9 +23,10 @@ LONG_BYTES = 32 << 10
 # Raise when a change below alters the documents: cached shards of the old kind are then not used.
 DERIVATION_VERSION = 1
 
-# Files of one top-level module or package are held out together, in all four parts. The number only chooses which: with it, the 4 % hold-out
-# of conf/data/stdlib.yaml contains `logging`, `typing` and `enum` (180, 120 and 79 KB in Python 3.11; 4.4 % of the code), so that loss by
-# position can be measured on long text that no stage has seen; of the topics (6 % of their text) it contains `calls`, `assignment` and `function`.
+# Files of one top-level module or package are held out together, in all four parts. The number only chooses which: with
+# it, the 4 % hold-out of conf/data/stdlib.yaml contains `logging`, `typing` and `enum` (180, 120 and 79 KB in Python
+# 3.11; 4.4 % of the code), so that loss by position can be measured on long text that no stage has seen; of the topics
+# (6 % of their text) it contains `calls`, `assignment` and `function`.
 SPLIT_SALT = 27
 TOPIC_SALT = 13
 
@@ -37,7 +38,9 @@ def library_folder() -> Path:
     """Folder of the running Python's standard library; ConfigError where it holds no source files."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     if not (folder / "ast.py").is_file():
-        raise ConfigError(f"data kind=stdlib: {folder} holds no Python source files (a frozen Python?); name other sources")
+        raise ConfigError(
+            f"data kind=stdlib: {folder} holds no Python source files (a frozen Python?); name other sources"
+        )
     return folder
 
 
@@ -75,7 +78,9 @@ def _topics() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _files() -> dict[str, str]:
-    """Relative path -> text of every non-test, non-generated module, exact copies once; and the documentation files beside them."""
+    """Relative path -> text of every non-test, non-generated module, exact copies once; and the documentation files
+    beside them.
+    """
     folder = library_folder()
     found: dict[str, str] = {}
     seen: set[bytes] = set()
@@ -95,7 +100,7 @@ def _files() -> dict[str, str]:
 
 def _walk(folder: Path) -> list[Path]:
     """Files below `folder` without the skipped folders, in an order that does not depend on the file system."""
-    files = []
+    files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
         files.extend(Path(parent, name) for name in names)
@@ -160,7 +165,11 @@ def _docstrings() -> Iterator[Document]:
 
 def _sections(node: ast.AST, name: str) -> Iterator[str]:
     """Heading and docstring of a module, class or function, then of what it defines."""
-    text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else None
+    text = (
+        ast.get_docstring(node)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        else None
+    )
     if text:
         arguments = ""
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

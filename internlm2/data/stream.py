@@ -1,10 +1,11 @@
 """Training rows as a pure function of (seed, position): O(1) seek, independent of ranks, micro-batches and restarts.
 
-Documents are divided into pools, one for each source and length bucket. A slot table gives each position its pool and its place in that
-pool; the pool's packing plan holds rows; a keyed permutation gives each epoch its own order of them.
+Documents are divided into pools, one for each source and length bucket. A slot table gives each position its pool and
+its place in that pool; the pool's packing plan holds rows; a keyed permutation gives each epoch its own order of them.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,9 +86,9 @@ class PoolUse:
 class TokenStream:
     """`stream[position]` is the packed row at a global position; the whole state is the position.
 
-    `weights` gives each source its share of the tokens (not of the documents or rows); inside a length bucket the shares are renormalised
-    over the sources that have documents there. Raises ConfigError for weights that name no source or are all zero, buckets that overlap or
-    hold no document, and a corpus shorter than one row.
+    `weights` gives each source its share of the tokens (not of the documents or rows); inside a length bucket the
+    shares are renormalised over the sources that have documents there. Raises ConfigError for weights that name no
+    source or are all zero, buckets that overlap or hold no document, and a corpus shorter than one row.
     """
 
     def __init__(
@@ -122,7 +123,9 @@ class TokenStream:
 
     def batch(self, positions: Iterable[int]) -> "PackedBatch":
         """The rows at `positions`, one after another, as torch tensors."""
-        from internlm2.data.batch import collate  # torch is imported here, so that the rest of the room works without it
+        from internlm2.data.batch import (
+            collate,
+        )  # torch is imported here, so that the rest of the room works without it
 
         return collate([self[position] for position in positions])
 
@@ -133,7 +136,8 @@ class TokenStream:
     def check_fingerprint(self, saved: Mapping[str, Any], on_change: str = "refuse") -> list[str]:
         """Compare a saved `state` with this stream; returns the names of the parts that differ.
 
-        With `on_change="refuse"` a difference raises ConfigError; with "accept" it is a warning, and the position counts rows of the new stream.
+        With `on_change="refuse"` a difference raises ConfigError; with "accept" it is a warning, and the position
+        counts rows of the new stream.
         """
         if saved["fingerprint"] == self.fingerprint:
             return []
@@ -142,8 +146,8 @@ class TokenStream:
         message = f"the training data changed since the checkpoint ({', '.join(changed) or 'fingerprint'})"
         if on_change != "accept":
             raise ConfigError(
-                f"{message}, so that position {saved['position']} would mean other rows. Restore it, or set data.on_change=accept "
-                "to go on at the same position of the new data."
+                f"{message}, so that position {saved['position']} would mean other rows. Restore it, or set "
+                "data.on_change=accept to go on at the same position of the new data."
             )
         logger.warning("%s; going on at position %s of the new data", message, saved["position"])
         return changed
@@ -173,8 +177,8 @@ class TokenStream:
         total = sum(int(values.sum()) for values in lengths.values())
         if total < self.seq_len:
             raise ConfigError(
-                f"train.seq_len={self.seq_len} is longer than all training text together ({total:,} tokens in {', '.join(weights)}): "
-                "use more data or a shorter length."
+                f"train.seq_len={self.seq_len} is longer than all training text together ({total:,} tokens in "
+                f"{', '.join(weights)}): use more data or a shorter length."
             )
         pools = []
         bucket_total = sum(weight for weight, _, _ in bounds)
@@ -190,7 +194,11 @@ class TokenStream:
             inside = sum(weights[source] for source in present)
             for source in present:
                 share = weight / bucket_total * weights[source] / inside
-                pools.append(self._make_pool(source, low, high, share, documents[source][chosen[source]], lengths[source][chosen[source]]))
+                pools.append(
+                    self._make_pool(
+                        source, low, high, share, documents[source][chosen[source]], lengths[source][chosen[source]]
+                    )
+                )
         return pools
 
     def _make_pool(
@@ -198,7 +206,15 @@ class TokenStream:
     ) -> Pool:
         shard = self.corpus.shards[source]
         key = derive_key(self.seed, "pool", source, low, high)
-        identity = (PACKING_FORMAT, shard.folder.name, shard.content, self.corpus.validation_fraction, self.seq_len, self.packing, key)
+        identity = (
+            PACKING_FORMAT,
+            shard.folder.name,
+            shard.content,
+            self.corpus.validation_fraction,
+            self.seq_len,
+            self.packing,
+            key,
+        )
         folder = self.corpus.cache_dir / "plans" / f"{source}-{derive_key(*identity):016x}"
         plan = plan_of(folder, documents, lengths, self.seq_len, self.packing, key)
         return Pool(source, self.source_names.index(source), low, high, share, len(documents), plan, key)
@@ -224,14 +240,18 @@ def _bounds(buckets: Sequence[LengthBucket]) -> list[tuple[float, int, int | Non
     """(weight, min, max) of each bucket with a positive weight; one without limits where none is given."""
     if not buckets:
         return [(1.0, 0, None)]
-    bounds = [(float(bucket.weight), int(bucket.min_tokens or 0), bucket.max_tokens) for bucket in buckets if bucket.weight > 0]
+    bounds = [
+        (float(bucket.weight), int(bucket.min_tokens or 0), bucket.max_tokens)
+        for bucket in buckets
+        if bucket.weight > 0
+    ]
     if not bounds:
         raise ConfigError("data.length_buckets: all weights are zero")
     ordered = sorted((low, high) for _, low, high in bounds)
     for low, high in ordered:
         if high is not None and high <= low:
             raise ConfigError(f"data.length_buckets: max_tokens={high} must exceed min_tokens={low}")
-    for (_, high), (low, _) in zip(ordered, ordered[1:]):
+    for (_, high), (low, _) in itertools.pairwise(ordered):
         if high is None or low < high:
             raise ConfigError(f"data.length_buckets overlap at {low} tokens; a document must fall into one bucket")
     return bounds

@@ -1,21 +1,24 @@
-"""One interface over the tokenizers: SentencePiece models (the official InternLM2 file or one trained in the run), tokenizer.json files.
+"""One interface over the tokenizers: SentencePiece models (the official InternLM2 file or one trained in the run),
+tokenizer.json files.
 
-Text never turns into a control token by itself: a document that happens to contain `<|im_start|>` or `[UNUSED_TOKEN_146]` is encoded as
-ordinary characters unless the caller passes `allow_special=True`.
+Text never turns into a control token by itself: a document that happens to contain `<|im_start|>` or
+`[UNUSED_TOKEN_146]` is encoded as ordinary characters unless the caller passes `allow_special=True`.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from internlm2.config import ConfigError
 
-# In the order of their ids in the official vocabulary (92527 and 92538..92543), so that a trained vocabulary ends in the same order.
+# In the order of their ids in the official vocabulary (92527 and 92538..92543), so that a trained vocabulary ends in
+# the same order.
 MARKERS = (
     "<|reward|>",
     "<|plugin|>",
@@ -26,7 +29,8 @@ MARKERS = (
     "<|im_start|>",
 )
 
-# The released models reuse spare pieces of the shipped vocabulary as markers (model cards and configs of internlm2-chat and -reward).
+# The released models reuse spare pieces of the shipped vocabulary as markers (model cards and configs of internlm2-chat
+# and -reward).
 OFFICIAL_ALIASES = {
     "<|reward|>": "[UNUSED_TOKEN_130]",
     "<|plugin|>": "[UNUSED_TOKEN_141]",
@@ -37,12 +41,15 @@ OFFICIAL_ALIASES = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
 }
 
-# SentencePiece writes a space as this character; in text it would come back as a space, so it is encoded as its three bytes.
+# SentencePiece writes a space as this character; in text it would come back as a space, so it is encoded as its three
+# bytes.
 SPACE_SYMBOL = "\u2581"
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. `vocab_size` ids in all; `special_ids` maps the ChatML, action and reward markers that exist to their ids."""
+    """Text <-> ids. `vocab_size` ids in all; `special_ids` maps the ChatML, action and reward markers that exist to
+    their ids.
+    """
 
     path: Path
     aliases: dict[str, str]
@@ -91,7 +98,9 @@ class Tokenizer(ABC):
         return self._encode_plain(list(texts))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of `ids`; markers appear by their names, or are left out with `skip_special`. `<s>` and `</s>` never appear."""
+        """Text of `ids`; markers appear by their names, or are left out with `skip_special`. `<s>` and `</s>` never
+        appear.
+        """
         text: list[str] = []
         run: list[int] = []
         for token in ids:
@@ -175,7 +184,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Cut every marker after its first character, so that no part of the text equals a marker piece."""
         cuts = [0, *(match.start() + 1 for match in self._guarded.finditer(text)), len(text)]
         ids: list[int] = []
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in itertools.pairwise(cuts):
             for number, part in enumerate(text[start:end].split(SPACE_SYMBOL)):
                 if number:
                     ids.extend(token if token is not None else self._model.unk_id() for token in self._space_bytes)
@@ -201,8 +210,9 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library (path of the file or of its folder).
 
-    Documents begin with the beginning token and end with the end token that `tokenizer_config.json` beside it names. Where those are
-    ChatML markers (as in SmolLM2-Instruct) and `<|endoftext|>` exists, that separates documents instead.
+    Documents begin with the beginning token and end with the end token that `tokenizer_config.json` beside it names.
+    Where those are ChatML markers (as in SmolLM2-Instruct) and `<|endoftext|>` exists, that separates documents
+    instead.
     """
 
     def __init__(self, path: str | Path, aliases: dict[str, str] | None = None) -> None:
@@ -272,7 +282,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, aliases: dict[str, str] | None = None) -> Tokenizer:
-    """The tokenizer at `path`: a `.model` file, a tokenizer.json, or a folder that holds one of them (`tokenizer.model` first)."""
+    """The tokenizer at `path`: a `.model` file, a tokenizer.json, or a folder that holds one of them
+    (`tokenizer.model` first).
+    """
     path = Path(path)
     if path.is_dir():
         stored = path / "tokenizer_aliases.json"
@@ -296,8 +308,10 @@ def _read_model(path: Path) -> bytes:
         raise ConfigError(f"data.tokenizer.path: cannot read {path}: {error.strerror}") from error
 
 
-def _find_markers(path: Path, aliases: dict[str, str], piece_id) -> dict[str, int]:
-    """Ids of the markers: by an explicit alias, by their own name, or by the spare piece that the official models use."""
+def _find_markers(path: Path, aliases: dict[str, str], piece_id: Callable[[str], int | None]) -> dict[str, int]:
+    """Ids of the markers: by an explicit alias, by their own name, or by the spare piece that the official models
+    use.
+    """
     for name, piece in aliases.items():
         if name not in MARKERS:
             raise ConfigError(f"data.tokenizer.aliases: unknown marker {name!r}; the markers are {', '.join(MARKERS)}")
@@ -306,8 +320,8 @@ def _find_markers(path: Path, aliases: dict[str, str], piece_id) -> dict[str, in
     official = all(piece_id(piece) is not None for piece in OFFICIAL_ALIASES.values())
     found = {}
     for name in MARKERS:
-        for piece in (aliases.get(name), name, OFFICIAL_ALIASES[name] if official else None):
-            token = piece_id(piece) if piece else None
+        for candidate in (aliases.get(name), name, OFFICIAL_ALIASES[name] if official else None):
+            token = piece_id(candidate) if candidate else None
             if token is not None:
                 found[name] = token
                 break

@@ -1,8 +1,9 @@
 """Train a small SentencePiece BPE vocabulary on the run's own documents, laid out like the official one.
 
-ids 0 `<unk>`, 1 `<s>`, 2 `</s>`, 3..258 the raw bytes, then learned pieces, and the seven markers on top in the official order. As in the
-shipped file: byte fallback, identity normaliser, no dummy prefix, every space kept. Unlike it (its numbers group up to three digits), each
-digit is a piece of its own: a vocabulary of a few thousand ids has no room for 1,100 numbers, and single digits make arithmetic learnable.
+ids 0 `<unk>`, 1 `<s>`, 2 `</s>`, 3..258 the raw bytes, then learned pieces, and the seven markers on top in the
+official order. As in the shipped file: byte fallback, identity normaliser, no dummy prefix, every space kept. Unlike it
+(its numbers group up to three digits), each digit is a piece of its own: a vocabulary of a few thousand ids has no room
+for 1,100 numbers, and single digits make arithmetic learnable.
 """
 
 import io
@@ -17,7 +18,8 @@ TRAINER_VERSION = 1
 
 
 def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Serialized SentencePiece model with exactly `vocab_size` pieces. The same texts in the same order give the same bytes.
+    """Serialized SentencePiece model with exactly `vocab_size` pieces. The same texts in the same order give the same
+    bytes.
 
     Raises ConfigError where the texts are too few for the vocabulary, or the vocabulary too small for the fixed pieces.
     """
@@ -47,14 +49,16 @@ def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
             pad_id=-1,
         )
     except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]
         raise ConfigError(
-            f"cannot train a tokenizer of data.tokenizer.vocab_size={vocab_size} on this text: {str(error).splitlines()[-1]} "
+            f"cannot train a tokenizer of data.tokenizer.vocab_size={vocab_size} on this text. {reason} "
             "Use more text (data.tokenizer.train_bytes), another size, or data.tokenizer.kind=sentencepiece."
         ) from error
-    model = sentencepiece_model_pb2.ModelProto()
+    model_type = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at run time by protobuf
+    model = model_type()
     model.ParseFromString(buffer.getvalue())
     for marker in MARKERS:
-        model.pieces.add(piece=marker, score=0.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED)
+        model.pieces.add(piece=marker, score=0.0, type=model_type.SentencePiece.USER_DEFINED)
     model.trainer_spec.vocab_size = vocab_size
     model.trainer_spec.user_defined_symbols.extend(MARKERS)
     return model.SerializeToString(deterministic=True)
@@ -62,7 +66,8 @@ def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        part, size = [], 0
+        part: list[str] = []
+        size = 0
         for line in text.splitlines(keepends=True):
             length = len(line.encode("utf-8"))
             if part and size + length > SENTENCE_BYTES:

@@ -11,7 +11,9 @@ from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.rows import Row, build_row
 
 
-def validation_rows(corpus: Corpus, seq_len: int, rows: int, sources: Iterable[str] | None = None) -> dict[str, list[Row]]:
+def validation_rows(
+    corpus: Corpus, seq_len: int, rows: int, sources: Iterable[str] | None = None
+) -> dict[str, list[Row]]:
     """Up to `rows` rows of at most `seq_len` tokens for each source that has held-out documents.
 
     Documents stay whole where they fit (best fit); longer ones are cut, and every piece is used.
@@ -26,17 +28,20 @@ def validation_rows(corpus: Corpus, seq_len: int, rows: int, sources: Iterable[s
         row_starts, segments = plan_rows(documents, lengths, seq_len, "best_fit", derive_key("validation", source))
         chosen = shuffled(len(row_starts) - 1, derive_key("validation rows", source))[:rows]
         index = corpus.source_names.index(source)
-        found[source] = [build_row(shard, index, segments[row_starts[row] : row_starts[row + 1]].tolist()) for row in sorted(chosen)]
+        found[source] = [
+            build_row(shard, index, segments[row_starts[row] : row_starts[row + 1]].tolist()) for row in sorted(chosen)
+        ]
     return found
 
 
 def long_validation_rows(
     corpus: Corpus, seq_len: int, rows: int, min_tokens: int, sources: Iterable[str] | None = None
 ) -> dict[str, list[Row]]:
-    """Rows for loss by position: each is the beginning of one held-out document of at least `min_tokens` tokens, cut at `seq_len`.
+    """Rows for loss by position: each is the beginning of one held-out document of at least `min_tokens` tokens, cut at
+    `seq_len`.
 
-    Position t of such a row has exactly t tokens of its own document before it. The longest documents come first; sources without any
-    are left out. Raises ConfigError where no source has one.
+    Position t of such a row has exactly t tokens of its own document before it. The longest documents come first;
+    sources without any are left out. Raises ConfigError where no source has one.
     """
     found: dict[str, list[Row]] = {}
     longest = 0
@@ -52,7 +57,7 @@ def long_validation_rows(
             found[source] = [build_row(corpus.shard(source), index, [segment]) for segment in taken]
     if not found:
         raise ConfigError(
-            f"no held-out document has {min_tokens:,} tokens (the longest has {longest:,}): raise data.validation_fraction, "
-            "or measure at a shorter length."
+            f"no held-out document has {min_tokens:,} tokens (the longest has {longest:,}): "
+            "raise data.validation_fraction, or measure at a shorter length."
         )
     return found
