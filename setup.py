@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "kernels"
 
-# Instruction sets of the CPU library: name -> compiler flags. The processor chooses at run time (csrc/cpu/dispatch.cpp).
+# Instruction sets of the CPU library: name -> compiler flags. csrc/cpu/dispatch.cpp chooses at run time.
 X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
@@ -146,7 +146,7 @@ def build_cuda(target: Path) -> None:
 
 
 def cuda_toolkit(nvcc: str) -> Path:
-    """Folder with include/cuda_runtime_api.h that belongs to this nvcc: asked of nvcc itself, since it may be a link."""
+    """Folder with include/cuda_runtime_api.h of this nvcc: asked of nvcc itself, since it may be a link."""
     named = os.environ.get("CUDA_HOME")
     dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     tops = [line.split("TOP=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line]
@@ -165,7 +165,7 @@ def cuda_runtime(toolkit: Path) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Puts the libraries beside internlm2/ops/extension.py, which loads them. What cannot be built is named and left out."""
+    """Puts the libraries beside internlm2/ops/extension.py. What cannot be built is named and left out."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

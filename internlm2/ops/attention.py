@@ -61,8 +61,8 @@ def decode_attention(
     lengths  [B] int32, valid entries of each row
 
     Returns [B, H, D] in q's dtype; a row of length 0 gives zeros. Cache entries past a row's length are never used, but
-    sdpa needs them finite (torch multiplies them by 0), so allocate caches with zeros. As backends, flash_attn and torch_varlen stand for
-    "the best on this device" here: neither takes this cache layout.
+    sdpa needs them finite (torch multiplies them by 0), so allocate caches with zeros. As backends, flash_attn and
+    torch_varlen stand for "the best on this device" here: neither takes this cache layout.
     """
     _check_decode_attention(q, k_cache, v_cache, lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

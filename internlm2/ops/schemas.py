@@ -1,7 +1,7 @@
 """The compiled operators as torch sees them: schema, shape function and gradient of each, for every device alike.
 
-csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp implement them under the CPU and CUDA dispatch keys. Call them through the functions
-of `internlm2.ops`, which check arguments and fall back on plain PyTorch where nothing is compiled.
+csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp implement them under the CPU and CUDA dispatch keys. Call them through
+the functions of `internlm2.ops`, which check arguments and fall back on plain PyTorch where nothing is compiled.
 """
 
 from typing import Any
