@@ -237,7 +237,7 @@ class CheckpointWriter:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """NaN and infinity show in the norm, the cheapest pass over a tensor; one that merely overflowed is looked at again."""
+    """NaN and infinity show in the norm, the cheapest pass; one that merely overflowed is looked at again."""
     if tensor.numel() == 0 or bool(torch.isfinite(tensor.norm())):
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

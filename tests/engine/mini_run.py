@@ -66,8 +66,9 @@ def main(root: Path, dtype: str) -> None:
         if child == 0:
             os._exit(run_once(root / name, dtype, interruption))
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(json.dumps(codes))
+    print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for folder, precision in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(Path(folder), precision)

@@ -377,6 +377,20 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, damage)
     assert str(tmp_path / "step_00000004") in skipped[0]
 
 
+def test_ranks_share_the_hashing_and_agree(tmp_path):
+    save_steps(tmp_path, [2, 4])
+    damage_flip(tmp_path / "step_00000004")
+    faults = [find_fault(tmp_path / "step_00000004", rank=rank, world_size=2) for rank in range(2)]
+    assert [fault is None for fault in faults].count(False) == 1, "one rank hashes the damaged file"
+    blind = faults.index(None)
+    others = iter([1.0, 0.0])  # what the other rank reports for step 4 and step 2
+    path, skipped = find_newest(
+        tmp_path, rank=blind, world_size=2, reduce_sum=lambda values: [values[0] + next(others)]
+    )
+    assert path == tmp_path / "step_00000002"
+    assert "another rank found a fault" in skipped[0]
+
+
 def test_nothing_to_restore_leaves_the_engine_alone(tmp_path):
     engine = make_engine()
     before = snapshot(engine)

@@ -15,16 +15,22 @@ from internlm2.run.metrics import read_records
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_interrupted_run_equals_an_undisturbed_one(tmp_path, dtype):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder with an undisturbed and an interrupted run in each precision; one process starts them all."""
+    root = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("mini_run.py")
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{script.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path), dtype]
+    command = [sys.executable, str(script), str(root / "fp32"), "fp32", str(root / "bf16"), "bf16"]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout) == [0, -9, -9, 143, 130, 0]
+    assert [json.loads(line) for line in process.stdout.splitlines()] == [[0, -9, -9, 143, 130, 0]] * 2
+    return root
 
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_interrupted_run_equals_an_undisturbed_one(runs, dtype):
+    straight, broken = runs / dtype / "straight", runs / dtype / "broken"
     assert (straight / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     records = read_records(straight / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 31))
