@@ -31,7 +31,8 @@ SPLIT_SALT = 27
 TOPIC_SALT = 13
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_GENERATED = re.compile(r"auto[- ]?generated|generated (by|from|file)|do not edit|decoding_table|decoding_map", re.I)
+_GENERATED = re.compile(r"^[ \t]*#.*(auto-?generated|generated (by|from)|do not edit)", re.I | re.M)
+_CODEC_TABLE = re.compile(r"^(decoding_table|decoding_map|encoding_map|codec) *=", re.M)
 
 
 def library_folder() -> Path:
@@ -51,7 +52,7 @@ def manifest(part: str) -> str:
         for name, text in sorted(_topics().items()):
             digest.update(f"{name}\0{text}\0".encode())
         return digest.hexdigest()
-    for name, text in _files().items():
+    for name, text in source_files().items():
         digest.update(f"{name}\0{text}\0".encode())
     return digest.hexdigest()
 
@@ -66,7 +67,7 @@ def input_bytes(part: str) -> int:
     """About how much text a part holds; for progress bars and sample shares."""
     if part == "prose":
         return sum(map(len, _topics().values()))
-    total = sum(map(len, _files().values()))
+    total = sum(map(len, source_files().values()))
     return total // 6 if part == "docstrings" else total
 
 
@@ -77,7 +78,7 @@ def _topics() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _files() -> dict[str, str]:
+def source_files() -> dict[str, str]:
     """Relative path -> text of every non-test, non-generated module, exact copies once; and the documentation files
     beside them.
     """
@@ -119,13 +120,13 @@ def _read(path: Path) -> str:
 
 
 def _is_generated(name: str, text: str) -> bool:
-    if name.startswith(("encodings/", "_sysconfigdata", "pydoc_data/")):
-        return name.startswith(("_sysconfigdata", "pydoc_data/")) or bool(_GENERATED.search(text))
-    return bool(_GENERATED.search(text[:1000]))
+    if name.startswith(("_sysconfigdata", "pydoc_data/")):
+        return True
+    return bool(_CODEC_TABLE.search(text) if name.startswith("encodings/") else _GENERATED.search(text[:1000]))
 
 
 def _modules() -> dict[str, str]:
-    return {name: text for name, text in _files().items() if name.endswith(".py")}
+    return {name: text for name, text in source_files().items() if name.endswith(".py")}
 
 
 def _split_key(name: str) -> str:
@@ -139,7 +140,7 @@ def _code() -> Iterator[Document]:
 
 def _packages() -> Iterator[Document]:
     groups: dict[str, dict[str, str]] = {}
-    for name, text in _files().items():
+    for name, text in source_files().items():
         groups.setdefault(name.split("/")[0], {})[name] = text
     for name, files in groups.items():
         if sum(len(text.encode()) for text in files.values()) >= LONG_BYTES:
