@@ -227,6 +227,9 @@ class _Writer:
         self.masked += int(unit.mask.sum())
         self.content["masked"].update((self.tokens + np.flatnonzero(unit.mask)).astype("<i8").data)
 
+    def _content_hash(self) -> str:
+        return hashlib.blake2b(b"".join(part.digest() for part in self.content.values()), digest_size=16).hexdigest()
+
     def finish(self, tokenizer: Tokenizer) -> None:
         if "mask" in self.streams:
             self.streams["mask"].truncate(self.tokens)
@@ -239,7 +242,7 @@ class _Writer:
             "tokens": self.tokens,
             "masked_tokens": self.masked,
             "text_bytes": self.text_bytes,
-            "content": hashlib.blake2b(b"".join(part.digest() for part in self.content.values()), digest_size=16).hexdigest(),
+            "content": self._content_hash(),
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "bad": self.bad,

@@ -154,14 +154,19 @@ def _prose() -> Iterator[Document]:
 
 def _docstrings() -> Iterator[Document]:
     for name, text in _modules().items():
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        sections = list(_sections(tree, module))
-        if sections:
-            yield Document(name, text="\n\n".join(sections) + "\n", split_key=_split_key(name))
+        page = documentation_page(name, text)
+        if page:
+            yield Document(name, text=page, split_key=_split_key(name))
+
+
+def documentation_page(name: str, text: str) -> str:
+    """The docstrings of a module file under their names and signatures; empty where there are none."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return ""
+    sections = list(_sections(tree, name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")))
+    return "\n\n".join(sections) + "\n" if sections else ""
 
 
 def _sections(node: ast.AST, name: str) -> Iterator[str]:

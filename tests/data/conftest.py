@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from internlm2.data.corpus import Corpus
 from internlm2.data.documents import Document, MemoryUnit
 from internlm2.data.encoding import encode_units

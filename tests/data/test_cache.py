@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from internlm2.config import ConfigError
 from internlm2.data.cache import build_once
 
@@ -99,7 +100,9 @@ build_once(Path(sys.argv[1]), lambda folder: (folder / "done").is_file(), build)
 
 
 def test_kill_while_writing_leaves_nothing_visible_and_the_next_process_cleans_up(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     os.kill(process.pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm2.data.mixture import PERIOD, SlotTable
 
 shares = st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8)

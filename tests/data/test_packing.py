@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm2.data import packing
 from internlm2.data.packing import best_fit_decreasing, plan_of, plan_rows
 
@@ -41,7 +42,7 @@ def test_concatenate_fills_every_row_but_the_last(lengths, seq_len):
 
 @given(lengths=lengths, seq_len=st.integers(1, 40))
 def test_best_fit_cuts_only_documents_that_are_too_long(lengths, seq_len):
-    row_starts, segments = plan_rows(np.arange(len(lengths)), np.array(lengths), seq_len, "best_fit", 5)
+    _, segments = plan_rows(np.arange(len(lengths)), np.array(lengths), seq_len, "best_fit", 5)
     pieces = np.bincount(segments[:, 0], minlength=len(lengths))
     assert (pieces == -(-np.array(lengths) // seq_len)).all()
 
@@ -62,7 +63,9 @@ def test_best_fit_decreasing_equals_the_plain_algorithm(items):
 
 
 def test_best_fit_wastes_little_where_concatenate_cuts():
-    """Web-like lengths (log-normal, median 400 tokens) at 4k: more than 99 % of the room is used and no short document is cut."""
+    """Web-like lengths (log-normal, median 400 tokens) at 4k: more than 99 % of the room is used and no short
+    document is cut.
+    """
     generator = np.random.default_rng(0)
     lengths = np.minimum(np.exp(generator.normal(6.0, 1.0, 20_000)).astype(int) + 1, 4096)
     row_starts, segments = plan_rows(np.arange(len(lengths)), lengths, 4096, "best_fit", 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from internlm2.data.permutation import derive_key, permute, shuffled
 
 keys = st.integers(0, 2**64 - 1)

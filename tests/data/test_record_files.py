@@ -1,4 +1,6 @@
-"""Reading records: good ones in order, bad ones named with file and line, and no difference however a file is divided."""
+"""Reading records: good ones in order, bad ones named with file and line, and no difference however a file is
+divided.
+"""
 
 import gzip
 import json
@@ -9,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm2.config import ConfigError
 from internlm2.data import record_files
 from internlm2.data.documents import BadRecord, Document
@@ -41,7 +44,9 @@ BAD_LINES = [
 
 def test_bad_lines_are_named_and_good_ones_kept(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "first"}\n' + b"\n".join(line for line, _ in BAD_LINES) + b'\n\n{"text": "last \xe4\xbd\xa0"}')
+    path.write_bytes(
+        b'{"text": "first"}\n' + b"\n".join(line for line, _ in BAD_LINES) + b'\n\n{"text": "last \xe4\xbd\xa0"}'
+    )
     found = read(json_units(path, "a.jsonl", "text"))
     assert found[0] == (1, True, "first")
     assert found[-1] == (len(BAD_LINES) + 3, True, "last 你")

@@ -6,6 +6,7 @@ import graphlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from internlm2.data import stdlib_corpus
 from internlm2.data.repository import dependency_order, imports_of, markdown_document
 
@@ -81,7 +82,11 @@ def test_a_large_cycle_does_not_overflow_the_stack():
 @pytest.mark.parametrize("package", ["json", "email", "xml", "logging"])
 def test_imports_of_real_packages_agree_with_ast(package):
     """Oracle: imports found by Python's own parser (absolute and relative, of files of the package)."""
-    files = {name: text for name, text in stdlib_corpus.source_files().items() if name.startswith(f"{package}/") and name.endswith(".py")}
+    files = {
+        name: text
+        for name, text in stdlib_corpus.source_files().items()
+        if name.startswith(f"{package}/") and name.endswith(".py")
+    }
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in files}
     for path, text in files.items():
         folder = path.split("/")[:-1]

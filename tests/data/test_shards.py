@@ -1,10 +1,13 @@
-"""Shards: what was written is what is read, in the same order with any number of processes, and bad records are named."""
+"""Shards: what was written is what is read, in the same order with any number of processes, and bad records are
+named.
+"""
 
 import json
 import logging
 
 import numpy as np
 import pytest
+
 from internlm2.config import ConfigError, SourceConfig
 from internlm2.data import encoding, record_files
 from internlm2.data.shards import Shard, is_complete, shard_of
@@ -55,7 +58,12 @@ def test_the_number_of_processes_changes_nothing(jsonl, tokenizer, tmp_path, mon
 def test_ranges_keep_line_numbers(jsonl, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(record_files, "RANGE_BYTES", 333)
     shard = shard_of(source_of(jsonl[0]), tokenizer, tmp_path / "cache", progress=False)
-    assert [shard.origin(number) for number in (0, 69, 70, 119)] == ["a.jsonl:1", "a.jsonl:70", "b.jsonl:1", "b.jsonl:50"]
+    assert [shard.origin(number) for number in (0, 69, 70, 119)] == [
+        "a.jsonl:1",
+        "a.jsonl:70",
+        "b.jsonl:1",
+        "b.jsonl:50",
+    ]
 
 
 def test_cache_is_used_until_the_content_changes(jsonl, tokenizer, tmp_path, monkeypatch):

@@ -1,8 +1,13 @@
-"""The zero-download corpus: real, free of tests and tables, and divided so that held-out modules stay held out in every part."""
+"""The zero-download corpus: real, free of tests and tables, and divided so that held-out modules stay held out in
+every part.
+"""
 
 import hashlib
+import inspect
+import textwrap
 
 import pytest
+
 from internlm2.data import stdlib_corpus
 from internlm2.data.encoding import split_hash
 
@@ -36,8 +41,12 @@ def test_prose(parts):
 
 
 def test_docstrings_hold_signatures():
-    by_name = {document.file: document.text for document in stdlib_corpus.documents("docstrings")}
-    assert "## `textwrap.dedent(text)`\n\nRemove any common leading whitespace" in by_name["textwrap.py"]
+    page = stdlib_corpus.documentation_page("textwrap.py", inspect.getsource(textwrap))
+    assert page.startswith("# `textwrap`\n\nText wrapping and filling.")
+    assert "## `textwrap.dedent(text)`\n\nRemove any common leading whitespace" in page
+    assert "\n## `textwrap.TextWrapper.wrap(self, text)`\n\n" in page
+    assert stdlib_corpus.documentation_page("x.py", "value = 1\n") == ""
+    assert stdlib_corpus.documentation_page("x.py", "def broken(:\n") == ""
 
 
 def held_out(document):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm2.config import ConfigError, LengthBucketConfig
 from internlm2.data.stream import TokenStream
 from internlm2.data.usage import usage_table
@@ -16,14 +17,14 @@ from internlm2.data.usage import usage_table
 def documents(seed, count, low, high):
     """Random documents, `<s>` first and `</s>` last."""
     generator = np.random.default_rng(seed)
-    return [
-        [1, *generator.integers(3, 290, size=generator.integers(low, high)).tolist(), 2] for _ in range(count)
-    ]
+    return [[1, *generator.integers(3, 290, size=generator.integers(low, high)).tolist(), 2] for _ in range(count)]
 
 
 @pytest.fixture
 def corpus(build_corpus):
-    return build_corpus({"code": documents(1, 80, 1, 60), "prose": documents(2, 30, 1, 200), "rare": documents(3, 3, 5, 9)})
+    return build_corpus(
+        {"code": documents(1, 80, 1, 60), "prose": documents(2, 30, 1, 200), "rare": documents(3, 3, 5, 9)}
+    )
 
 
 WEIGHTS = {"code": 0.6, "prose": 0.3, "rare": 0.1}
@@ -177,7 +178,9 @@ def test_held_out_documents_never_appear(build_corpus):
     held = set(corpus.held_out_documents("code").tolist())
     assert 20 <= len(held) <= 60
     stream = TokenStream(corpus, {"code": 1.0}, 32)
-    seen = {document for position in range(stream.pools[0].plan.rows) for document in stream[position].documents.tolist()}
+    seen = {
+        document for position in range(stream.pools[0].plan.rows) for document in stream[position].documents.tolist()
+    }
     assert seen == set(range(200)) - held
 
 
@@ -201,7 +204,10 @@ def test_fingerprint_changes_with_everything_that_changes_rows(build_corpus):
     sources = {"code": documents(1, 50, 3, 30), "prose": documents(2, 20, 3, 30)}
     corpus = build_corpus(sources)
     base = TokenStream(corpus, {"code": 0.5, "prose": 0.5}, 32, "best_fit", [], 1)
-    assert TokenStream(build_corpus(sources), {"prose": 5, "code": 5}, 32, "best_fit", [], 1).fingerprint == base.fingerprint
+    assert (
+        TokenStream(build_corpus(sources), {"prose": 5, "code": 5}, 32, "best_fit", [], 1).fingerprint
+        == base.fingerprint
+    )
     changed = [*sources["code"][:-1], [1, 99, 2]]
     others = {
         "source code": TokenStream(build_corpus({**sources, "code": changed}), {"code": 1, "prose": 1}, 32, seed=1),

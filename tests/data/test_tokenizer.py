@@ -1,10 +1,13 @@
-"""The real InternLM2 tokenizer and a byte-level tokenizer.json: ids, exact round trips, and text that cannot become control tokens."""
+"""The real InternLM2 tokenizer and a byte-level tokenizer.json: ids, exact round trips, and text that cannot become
+control tokens.
+"""
 
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internlm2.config import ConfigError
 from internlm2.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
@@ -85,7 +88,9 @@ def test_official_round_trip_of_any_text(official, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(parts=st.lists(st.sampled_from(["<|im_start|>", "<|im_", "end|>", "[UNUSED_TOKEN_14", "6]", "[", " ", "\u2581"])))
+@given(
+    parts=st.lists(st.sampled_from(["<|im_start|>", "<|im_", "end|>", "[UNUSED_TOKEN_14", "6]", "[", " ", "\u2581"]))
+)
 def test_no_arrangement_of_fragments_makes_a_control_token(official, parts):
     text = "".join(parts)
     ids = official.encode(text)

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import sentencepiece
+
 from internlm2.config import ConfigError
 from internlm2.data.tokenizer import MARKERS, SentencePieceTokenizer
 from internlm2.data.tokenizer_training import train_model
@@ -36,7 +37,9 @@ def test_same_texts_give_the_same_bytes(texts, trained):
     assert train_model(iter(texts), 1000) == trained.path.read_bytes()
 
 
-@pytest.mark.parametrize("text", ["    if x:\n\t\treturn\r\n", "你好 😀 \u2581 \x00", "<|im_start|>system</s>", "  two  ", "𝔘𝔫𝔦"])
+@pytest.mark.parametrize(
+    "text", ["    if x:\n\t\treturn\r\n", "你好 😀 \u2581 \x00", "<|im_start|>system</s>", "  two  ", "𝔘𝔫𝔦"]
+)
 def test_round_trip(trained, text):
     ids = trained.encode(text)
     assert trained.decode(ids) == text
