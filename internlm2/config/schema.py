@@ -143,7 +143,7 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """Length and size of a stage. Exactly one of `steps` and `tokens` is given; the other follows."""
+    """Length and size of a stage: `steps` if given, else as many as `tokens` need."""
 
     seq_len: int = _key(minimum=2)
     batch_tokens: int = _key(minimum=1)

@@ -1,0 +1,43 @@
+"""Loads the compiled kernels beside this file, or says once how to build them."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+BUILD_COMMAND = "pip install -e . --no-build-isolation"
+
+
+@functools.cache
+def load_cpu() -> bool:
+    """True when libinternlm2_cpu.so is there and loads; otherwise one warning a process, and False ever after."""
+    library = FOLDER / "libinternlm2_cpu.so"
+    reason = None if library.is_file() else "it was not built"
+    if reason is None:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:  # built against another torch
+            reason = str(error)
+    if reason is not None:
+        warnings.warn(
+            f"internlm2's CPU kernels are not used ({reason}): plain PyTorch runs instead, several times slower. "
+            f"Build them in the source folder with `{BUILD_COMMAND}`.",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+@functools.cache
+def load_cuda() -> bool:
+    """True when this torch has CUDA and libinternlm2_cuda.so is there and loads. Quiet: other backends are as good."""
+    library = FOLDER / "libinternlm2_cuda.so"
+    if torch.version.cuda is None or not library.is_file():
+        return False
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        warnings.warn(f"internlm2's CUDA kernels do not load: {error}. Rebuild: `{BUILD_COMMAND}`.", stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""nn.Linear whose float32 product takes the faster of the two CPU libraries inside torch.
+
+On AMD processors torch's float32 F.linear goes through MKL, which runs its AVX2 code there; oneDNN, also inside torch,
+runs AVX-512: about 2x faster on Zen 5 in forward and both gradients, 1.1x on Zen 4 (benchmarks/kernels.py). The choice
+depends on the processor and on shapes only, never on a timing, so that a resumed run takes the same path bit for bit.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Fewer rows are bound by reading the weight, and oneDNN would copy its transpose for the gradient to the input.
+SMALLEST_ROWS = 32
+
+
+class Linear(nn.Linear):
+    """Drop-in nn.Linear with the same parameters and state_dict."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _wants_onednn(input, self.weight, self.bias) and onednn_float32():
+            return _OneDNNLinear.apply(input, self.weight)
+        return F.linear(input, self.weight, self.bias)
+
+
+def _wants_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and bias is None
+        and x.dim() >= 2
+        and x.numel() >= SMALLEST_ROWS * x.shape[-1]
+        and x.shape[-1] == weight.shape[-1]
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is Tensor
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [N, K]^T -> [M, N] in oneDNN's float32."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+@functools.cache
+def onednn_float32() -> bool:
+    """True where oneDNN is the faster float32 library and its answers, gradients included, agree with MKL's.
+
+    The operator is private to torch (its inductor uses it), hence the check of its numbers at first use.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
+        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(shape, generator=draw) for shape in ((40, 72), (56, 72), (40, 56)))
+    try:
+        pairs = (
+            (_product(x, weight), x.double() @ weight.double().t()),
+            (_product(grad, weight.t()), grad.double() @ weight.double()),
+            (_product(grad.t(), x.t()), grad.double().t() @ x.double()),
+        )
+    except (RuntimeError, TypeError):  # another signature in a later torch
+        return False
+    return all(torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-4) for ours, exact in pairs)
+
+
+def _vendor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "unknown")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """x [..., K], weight [N, K] -> [..., N]; oneDNN's operator has no autograd of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = _product(grad_rows, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_weight = _product(grad_rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight

@@ -1,0 +1,73 @@
+"""The linear layer is nn.Linear in everything but the library that multiplies."""
+
+import pytest
+import torch
+from torch import nn
+
+from internlm2.ops import Linear
+from internlm2.ops import linear as linear_module
+
+
+@pytest.fixture(params=["onednn", "plain"])
+def path(request, monkeypatch):
+    """Both paths wherever torch has oneDNN at all: the processor's vendor decides only which one is the default."""
+    if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(linear_module, "onednn_float32", lambda: request.param == "onednn")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (3, 40, 48), (31, 48), (1, 48), (0, 48), (48,)])
+def test_values_and_gradients_equal_exact_product(path, shape):
+    draw = torch.Generator().manual_seed(0)
+    layer = Linear(48, 72, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(72, 48, generator=draw))
+    x = torch.randn(shape, generator=draw).requires_grad_()
+    grad = torch.randn(*shape[:-1], 72, generator=draw)
+    layer(x).backward(grad)
+    weight, exact = layer.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    (exact @ weight.t()).backward(grad.double())
+    assert torch.allclose(layer(x).double(), exact @ weight.t(), atol=1e-5)
+    assert torch.allclose(x.grad.double(), exact.grad, atol=1e-5)
+    assert torch.allclose(layer.weight.grad.double(), weight.grad, atol=1e-4)
+
+
+def test_onednn_is_really_taken(path):
+    layer, x = Linear(48, 72, bias=False), torch.ones(64, 48)
+    assert ("OneDNN" in type(layer(x).grad_fn).__name__) == (path == "onednn")
+    assert "OneDNN" not in type(layer.bfloat16()(x.bfloat16()).grad_fn).__name__
+
+
+def test_strided_input_frozen_weight_and_frozen_input(path):
+    layer = Linear(48, 72, bias=False)
+    wide = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    x = wide[:, ::2].requires_grad_()
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert torch.allclose(x.grad[0], layer.weight.sum(0), atol=1e-4)
+    layer.weight.requires_grad_(True)
+    layer(x.detach()).sum().backward()
+    assert torch.allclose(layer.weight.grad[0], x.detach().sum(0), atol=1e-4)
+
+
+def test_state_dict_is_that_of_nn_linear():
+    ours, plain = Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    ours.load_state_dict(plain.state_dict())
+    assert torch.equal(ours(torch.ones(8)), plain(torch.ones(8)))
+
+
+def test_wrong_width_is_torchs_own_error(path):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Linear(48, 72, bias=False)(torch.ones(64, 50))
+
+
+def test_self_check_rejects_wrong_numbers(monkeypatch):
+    monkeypatch.setattr(linear_module, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(linear_module, "_product", lambda a, b: (a @ b.t()) * 1.001)
+    linear_module.onednn_float32.cache_clear()
+    assert linear_module.onednn_float32() is False
+    linear_module.onednn_float32.cache_clear()
