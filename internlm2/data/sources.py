@@ -4,6 +4,7 @@ content.
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Source:
             elif self.kind == "parquet":
                 units.extend(record_files.parquet_units(path, name, self.field))
             else:
-                units.extend(record_files.line_units(path, name, None))
+                units.extend(record_files.internevo_units(path, name))
         return units
 
     def manifest(self) -> str:
@@ -77,6 +78,8 @@ class Source:
 def open_source(name: str, config: SourceConfig) -> Source:
     """Resolve one entry of `data.sources`; ConfigError where there is nothing to read."""
     key = f"data.sources.{name}"
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ConfigError(f"{key}: the name of a source becomes part of a file name; use letters, digits, - . and _")
     if config.kind == "stdlib":
         if config.part is None:
             raise ConfigError(f"{key}: kind=stdlib needs part: code, packages, prose or docstrings")
