@@ -254,6 +254,18 @@ def test_clear_errors(corpus):
         make()[-1]
 
 
+def test_sources_that_contribute_nothing_are_named(build_corpus, caplog):
+    sources = {"code": documents(1, 40, 3, 30), "one": [[1, 5, 2]]}
+    corpus = build_corpus(sources)
+    with caplog.at_level("WARNING"):
+        TokenStream(corpus, {"code": 1, "one": 1}, 8, length_buckets=[LengthBucketConfig(weight=1.0, min_tokens=5)])
+    assert "one has a weight, but none of its documents falls into data.length_buckets" in caplog.text
+    held = build_corpus(sources, 0.5)
+    assert len(held.training_documents("one")) == 0
+    with pytest.raises(ConfigError, match=r"data\.sources\.one has no document to train on.*validation_fraction=0\.5"):
+        TokenStream(held, {"code": 1, "one": 1}, 8)
+
+
 def test_seeking_far_is_as_exact_as_near(corpus):
     stream = TokenStream(corpus, WEIGHTS, 24, seed=3)
     far = 10**15
@@ -265,7 +277,9 @@ def test_seeking_far_is_as_exact_as_near(corpus):
 
 @pytest.mark.slow
 def test_an_index_of_a_thousand_million_tokens(tmp_path):
-    """200,000 documents of 5,000 tokens; the token file is sparse. Any position is reached without reading the others."""
+    """200,000 documents of 5,000 tokens; the token file is sparse. Any position is reached without reading the
+    others.
+    """
     count, length = 200_000, 5_000
     for name, values in {
         "offsets": np.arange(count + 1) * length,
