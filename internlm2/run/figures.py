@@ -154,8 +154,10 @@ def _inline(svg: str, title: str) -> str:
     svg = re.sub(
         r' id="[a-zA-Z.]+[0-9a-z]*_\d+"', "", svg
     )  # names of groups; clip paths and markers have no underscore
-    svg = re.sub(r"(-?\d+\.\d)\d+", r"\1", svg)
+    # Tenths of a point are enough for geometry; the words of the labels are left alone.
+    svg = re.sub(r'( (?:d|x|y|transform)=")([^"]*)', lambda m: m[1] + re.sub(r"(\.\d)\d+", r"\1", m[2]), svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
     svg = re.sub(
         r'<svg[^>]*viewBox="([^"]*)"[^>]*>',
         rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">',
