@@ -164,6 +164,8 @@ def test_smooth_has_no_lag_and_keeps_gaps():
     line = [float(i) for i in range(101)]
     assert smooth(line, 5.0)[50] == pytest.approx(50.0, abs=1e-6)
     assert smooth([2.0, None, 2.0], 1.0) == [2.0, None, 2.0]
+    # weights 1, 1/2, 1/4 around the first point, by hand
+    assert smooth([1.0, 3.0, 5.0], 1.0)[0] == pytest.approx((1.0 + 3.0 / 2 + 5.0 / 4) / 1.75)
 
 
 def test_thin_keeps_peaks_ends_and_order():
