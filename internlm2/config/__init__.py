@@ -1,0 +1,39 @@
+"""Typed, closed configuration: schema, checks and composition. Nothing here imports torch."""
+
+from internlm2.config.errors import ConfigError
+from internlm2.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    LengthBucketConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidateConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "LengthBucketConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "ValidateConfig",
+    "WandbConfig",
+]
