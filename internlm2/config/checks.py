@@ -1,0 +1,125 @@
+"""Checks of a composed config: bounds and choices of single keys, then rules between keys. Each failure is one sentence that names
+the keys and a value that works."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from internlm2.config.errors import ConfigError
+from internlm2.config.schema import Config, ModelConfig
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first key, or pair of keys, that cannot work."""
+    for key, value, metadata in _annotated_values(config):
+        _check_value(key, value, metadata)
+    if config.stage.kind == "recipe":
+        return
+    check_model(config.model)
+    _check_lengths(config)
+    _check_schedule(config)
+    _check_data(config)
+    if config.stage.previous is None and config.init_from == "previous":
+        raise ConfigError(f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null.")
+
+
+def _annotated_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Every leaf that carries bounds or choices, with its dotted key."""
+    for item in fields(node):
+        value, key = getattr(node, item.name), prefix + item.name
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        if is_dataclass(value):
+            yield from _annotated_values(value, key + ".")
+        elif item.metadata:
+            yield key, value, dict(item.metadata)
+        for name, child in children:
+            if is_dataclass(child):
+                yield from _annotated_values(child, f"{key}.{name}.")
+
+
+def _check_value(key: str, value: Any, metadata: dict[str, Any]) -> None:
+    if value is None:
+        return
+    choices, minimum, maximum = metadata.get("choices"), metadata.get("minimum"), metadata.get("maximum")
+    if choices and value not in choices:
+        raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}.")
+    if minimum is not None and not value >= minimum:  # `not >=` also catches NaN
+        raise ConfigError(f"{key}={value} must be at least {minimum}.")
+    if maximum is not None and not value <= maximum:
+        raise ConfigError(f"{key}={value} must be at most {maximum}.")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ConfigError where the shapes of the network do not divide."""
+    if model.heads % model.kv_heads:
+        good = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise ConfigError(
+            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: use one of {', '.join(map(str, good))}."
+        )
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={model.head_dim} must be even: RoPE rotates pairs of dimensions.")
+    if model.heads * model.head_dim != model.hidden_size:
+        raise ConfigError(
+            f"model.heads={model.heads} x model.head_dim={model.head_dim} must equal model.hidden_size={model.hidden_size}: "
+            f"use model.hidden_size={model.heads * model.head_dim}."
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    train, model = config.train, config.model
+    if train.seq_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len} exceeds model.max_position_embeddings={model.max_position_embeddings}: "
+            f"set model.max_position_embeddings={train.seq_len} or shorten train.seq_len."
+        )
+    forward_tokens = train.seq_len * train.micro_batch
+    if train.batch_tokens % forward_tokens:
+        nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
+        raise ConfigError(
+            f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = {forward_tokens}: "
+            f"use train.batch_tokens={nearest}."
+        )
+    if train.steps is None and train.tokens is None:
+        raise ConfigError("The length of the stage is missing: give train.steps or train.tokens.")
+
+
+def _check_schedule(config: Config) -> None:
+    optim = config.optim
+    if optim.schedule_start >= optim.schedule_end:
+        raise ConfigError(
+            f"optim.schedule_start={optim.schedule_start} must be below optim.schedule_end={optim.schedule_end}."
+        )
+    for key in ("beta1", "beta2"):
+        if getattr(optim, key) >= 1.0:
+            raise ConfigError(f"optim.{key}={getattr(optim, key)} must be below 1.")
+
+
+def _check_data(config: Config) -> None:
+    data, stage = config.data, config.stage.name
+    if stage not in data.weights:
+        raise ConfigError(
+            f"data={data.name} has no mixture for stage {stage}: add data.weights.{stage}, a weight in tokens for each source "
+            f"({', '.join(data.sources)})."
+        )
+    weights = data.weights[stage]
+    for source, weight in weights.items():
+        if source not in data.sources:
+            raise ConfigError(f"data.weights.{stage}.{source}: no such source; data.sources has {', '.join(data.sources)}.")
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"data.weights.{stage}.{source}={weight} must be a finite number of at least 0.")
+    if not sum(weights.values()) > 0:
+        raise ConfigError(f"data.weights.{stage}: all weights are 0; give at least one source a positive weight.")
+    if data.length_buckets and not sum(bucket.weight for bucket in data.length_buckets) > 0:
+        raise ConfigError("data.length_buckets: all weights are 0.")
+    tokenizer = data.tokenizer
+    if tokenizer.kind == "train":
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size} and model.vocab_size={config.model.vocab_size} differ: "
+                f"use data.tokenizer.vocab_size={config.model.vocab_size}."
+            )
+    elif tokenizer.path is None:
+        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
+    elif not Path(tokenizer.path).is_file():
+        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file.")

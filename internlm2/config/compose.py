@@ -1,0 +1,138 @@
+"""From Hydra's composed YAML to the typed `Config`, and from Hydra's exceptions to one sentence."""
+
+import difflib
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from hydra import compose
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from internlm2.config.checks import check
+from internlm2.config.errors import ConfigError
+from internlm2.config.schema import Config
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+T = TypeVar("T")
+
+
+def register_schema() -> None:
+    """Make the dataclasses the root node of conf/train.yaml."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed YAML as typed, checked objects. Raises ConfigError."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe(error)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def compose_stages(composed: DictConfig, hydra: HydraConf) -> list[Config]:
+    """The configs of the stages that a command runs: one, or for stage=recipe each of its stages with the same overrides.
+
+    All are checked before the first starts. Of the command line's overrides `stage=` is replaced, and `init_from=` belongs to the
+    first stage. In a sweep each run gets a directory of its own, named after what was swept."""
+    configs = _compose_each(to_config(composed), list(hydra.overrides.task))
+    if hydra.mode == RunMode.MULTIRUN and hydra.job.override_dirname:
+        for config in configs:
+            config.name = f"{config.name}/{hydra.job.override_dirname}"
+    return configs
+
+
+def _compose_each(first: Config, overrides: list[str]) -> list[Config]:
+    if first.stage.kind != "recipe":
+        return [first]
+    configs = []
+    for index, stage in enumerate(first.stage.stages):
+        kept = [text for text in overrides if not text.startswith("stage=") and (index == 0 or not text.startswith("init_from="))]
+        try:
+            configs.append(to_config(compose("train", overrides=[f"stage={stage}", *kept])))
+        except (HydraException, OmegaConfBaseException, ConfigError) as error:
+            raise ConfigError(f"stage {stage}: {describe(error)}") from error
+    return configs
+
+
+def load_group(schema: type[T], path: str | Path) -> T:
+    """One YAML group file (for example conf/model/7b.yaml) as its dataclass. Raises ConfigError."""
+    file = Path(path) if Path(path).suffix else CONF / f"{path}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file.")
+    try:
+        values = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {describe(error)}") from error
+    assert isinstance(loaded, schema)
+    return loaded
+
+
+def describe(error: BaseException) -> str:
+    """What is wrong with the config and what to do, in one or two sentences."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    key = getattr(root, "full_key", None) or ""
+    text = str(root).split("\n")[0].strip().rstrip(".")
+    outer = str(error).split("\n")[0]
+    where = re.search(r"In '([^']+)'", outer)
+    place = f"conf/{where.group(1)}.yaml: " if where else ""
+    if isinstance(root, MissingMandatoryValue):
+        return f"{place}{key or text} has no value."
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in", str(root))
+    overridden = re.search(r"Could not override '([^']+)'", outer)
+    if unknown:
+        key = key or (overridden.group(1) if overridden else unknown.group(1))
+        return f"{place}unknown key {key}.{_nearest(key)}"
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", outer)
+    if missing:
+        return f"{missing.group(1)}={missing.group(2)}: no such option.{_options(*missing.groups())}"
+    if overridden and key in ("", overridden.group(1)):
+        return f"{overridden.group(1)}: {_nearest(overridden.group(1)).strip() or text + '.'}"
+    if key:
+        return f"{place}{key}: {text[0].lower() + text[1:]}."
+    return f"{place}{text}."
+
+
+def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys, hints = [], get_type_hints(schema)
+    for item in fields(schema):
+        keys.append(prefix + item.name)
+        if is_dataclass(hints[item.name]):
+            keys += known_keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
+
+
+def _nearest(key: str) -> str:
+    keys = [*known_keys(), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
+    if key.startswith(("data.sources.", "data.weights.")):
+        return f" To add an entry to a mapping, write +{key}=..."
+    keys = [known for known in keys if not key.startswith(f"{known}.")]
+    same_name = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # in another group
+    close = same_name[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]}?"
+    parent = key.rsplit(".", 1)[0] + "."
+    siblings = [known[len(parent) :] for known in keys if known.startswith(parent) and "." not in known[len(parent) :]]
+    return f" {parent[:-1]} has {', '.join(siblings)}." if siblings else ""
+
+
+def _options(group: str, option: str) -> str:
+    names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    close = difflib.get_close_matches(option, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    return f"{hint} Available: {', '.join(names)}." if names else hint

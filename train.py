@@ -1,0 +1,46 @@
+"""Run a stage of the InternLM2 recipe, or the whole of it. `python train.py --help` lists stages, models, data and examples."""
+
+import os
+import sys
+from typing import NoReturn
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's exceptions reach `fail` below, which turns them into one sentence
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from internlm2.config import ConfigError
+from internlm2.config.compose import compose_stages, describe, register_schema
+
+register_schema()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(composed: DictConfig) -> None:
+    try:
+        configs = compose_stages(composed, HydraConfig.get())
+        from internlm2.data.sources import check_sources
+
+        for config in configs:
+            check_sources(config.data)
+        from internlm2.stages.recipe import run_stages  # torch is imported from here on
+
+        run_stages(configs)
+    except ConfigError as error:
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Exit code 2: bad input. (0 finished; 130 or 143 stopped by a signal after saving.)"""
+    print(f"error: {describe(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(error)
