@@ -3,6 +3,7 @@
 python train.py stage=recipe model=tiny preset=demo
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from internlm2.engine.checkpoint_format import CheckpointError
 from internlm2.engine.guard import TrainingStopped
 from internlm2.run.console import logging_to
 from internlm2.run.directory import RunDirectory
+from internlm2.run.provenance import record_end
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.stages import pretrain
 
@@ -31,10 +33,13 @@ def run_stages(configs: Sequence[Config]) -> None:
             log.info("%s, in %s", config.stage.name, directory.path)
             try:
                 code = pretrain.run(config, directory, console)
-            except (CheckpointError, TrainingStopped) as error:
+                write_stage_report(directory.path)
+            except (CheckpointError, TrainingStopped, OSError) as error:
                 log.error("%s", error)
+                with contextlib.suppress(OSError):  # the disk may be full
+                    record_end(directory, step=None, status="failed")
+                    write_stage_report(directory.path)
                 code = 1
-            write_stage_report(directory.path)
         if code:
             sys.exit(code)
     root = Path(configs[-1].root) / configs[-1].name

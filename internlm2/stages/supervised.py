@@ -63,12 +63,9 @@ class Job:
 
 def train(job: Job, console: Console) -> StopSignals:
     """Train to the last step or a signal; either way the step is saved. Raises TrainingStopped, CheckpointError."""
-    engine, config = job.engine, job.config
-    with (
-        StopSignals() as stop,
-        StepProgress(console, config.stage.name, job.config.train.total_steps, engine.step) as progress,
-    ):
-        while engine.step < job.config.train.total_steps:
+    engine, config, total = job.engine, job.config, job.config.train.total_steps
+    with StopSignals() as stop, StepProgress(console, config.stage.name, total, engine.step) as progress:
+        while engine.step < total:
             started = time.perf_counter()
             batches = job.batches()
             result = engine.train_step(batches, job.loss)
@@ -77,10 +74,8 @@ def train(job: Job, console: Console) -> StopSignals:
                 roll_back(job, result)
                 continue
             values, timing = describe_step(job, batches, result, time.perf_counter() - started)
-            last, asked = (
-                engine.step == job.config.train.total_steps,
-                engine.reduce_sum([float(stop.requested is not None)])[0] > 0,
-            )
+            last = engine.step == total
+            asked = engine.reduce_sum([float(stop.requested is not None)])[0] > 0  # by any rank
             if due(config.validate.every, engine.step) or last:
                 values["validation"] = job.validate()
             job.metrics.record(engine.step, values, timing)
