@@ -21,7 +21,7 @@ class HeldOut:
         }
 
     def measure(self, engine: Engine, loss: LossFunction) -> dict[str, Any]:
-        """For each source `loss` (nats a token), `bits_per_byte` (None where the text's bytes are unknown) and `tokens`."""
+        """By source: `loss` (nats a token), `bits_per_byte` (None where only tokens are known) and `tokens`."""
         found = {}
         for source, batches in self.batches.items():
             mine = batches[engine.rank :: engine.world_size]
