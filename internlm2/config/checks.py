@@ -128,5 +128,5 @@ def _check_data(config: Config) -> None:
             )
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
-    elif not Path(tokenizer.path).is_file():
-        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file.")
+    elif not Path(tokenizer.path).exists():
+        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file or folder.")

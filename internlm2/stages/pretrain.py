@@ -51,7 +51,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     context = ContextLength(corpus, list(weights), length, config.validate.rows, directory)
     model = build_model(config, device, tokenizer, context, directory)
     engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
-    held_out = HeldOut(corpus, list(weights), length, config.validate.rows)
+    held_out = HeldOut(corpus, tokenizer, list(weights), length, config.validate.rows)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     job = Job(
         config=config,
