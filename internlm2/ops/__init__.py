@@ -1,6 +1,22 @@
-"""Operators with a plain PyTorch twin each: attention with RoPE, attention over a KV cache, linear layers."""
+"""Attention with RoPE, attention over a KV cache, linear layers, quantised weights: each with a plain PyTorch twin."""
 
 from internlm2.ops.attention import decode_attention, describe_backend, rope_attention, select_backend
 from internlm2.ops.linear import Linear
+from internlm2.ops.quantize import QuantizedLinear, quantize_linears_, quantized_copy, refresh_
+from internlm2.ops.quantized import QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
 
-__all__ = ["Linear", "decode_attention", "describe_backend", "rope_attention", "select_backend"]
+__all__ = [
+    "Linear",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "decode_attention",
+    "dequantize_weight",
+    "describe_backend",
+    "quantize_linears_",
+    "quantize_weight",
+    "quantized_copy",
+    "quantized_linear",
+    "refresh_",
+    "rope_attention",
+    "select_backend",
+]
