@@ -1,0 +1,145 @@
+// The CUDA kernels as torch operators, on torch's stable ABI: built without CUDA torch, loaded by any torch >= 2.10 that has it.
+// Schemas live in internlm2/ops/schemas.py. Shapes, dtypes, devices and alignment are checked here before a kernel is
+// launched; lengths and offsets lie on the device and are trusted, since reading them would stall the stream.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "device.h"
+#include "params.h"
+
+extern "C" {
+void rotate_launch(const RotateParams&, cudaStream_t);
+void attention_forward_launch(const AttentionForwardParams&, cudaStream_t);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape(const Tensor& x) {
+  std::string text = "[";
+  for (int64_t i = 0; i < x.dim(); i++) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + "]";
+}
+
+void check_place(const char* name, const Tensor& x, ScalarType type, const char* type_name) {
+  STD_TORCH_CHECK(OnDevice::holds(x) && x.scalar_type() == type, name, " must be ", type_name, " on ", OnDevice::name, ".");
+}
+
+void check_plain(const char* name, const Tensor& x, ScalarType type, const char* type_name) {
+  check_place(name, x, type, type_name);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous.");
+}
+
+void check_head_dim(const char* operation, int64_t dim) {
+  STD_TORCH_CHECK(dim == 64 || dim == 128, operation, ": the CUDA kernels take head_dim 64 and 128, got ", dim, ".");
+}
+
+// Kernels move 16 bytes at a time.
+void check_rows(const char* name, const Tensor& x) {
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(x.dim() - 1) == 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) aligned &= x.size(i) <= 1 || x.stride(i) % 8 == 0;
+  STD_TORCH_CHECK(aligned, name, ": the last dimension must be contiguous and each row must start at a multiple of 16 bytes: ",
+                  "call .contiguous() on it.");
+}
+
+template <class T>
+T* pointer(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+// What forward and backward share.
+struct Attention {
+  GroupedQkv qkv;
+  RotationTable table;
+  const int32_t* cu_seqlens;
+  int32_t sequences, tokens, max_seqlen, kv_heads, queries, dim;
+
+  int32_t heads() const { return kv_heads * queries; }
+};
+
+Attention attention_arguments(const char* operation, const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                              const Tensor& cu_seqlens, const std::optional<Tensor>& table_offsets, int64_t max_seqlen) {
+  const std::string prefix = std::string(operation) + ": ";
+  check_place((prefix + "qkv").c_str(), qkv, ScalarType::BFloat16, "bfloat16");
+  STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(2) >= 3, operation, ": qkv must be [tokens, kv_heads, queries + 2, head_dim], got ",
+                  shape(qkv), ".");
+  check_head_dim(operation, qkv.size(3));
+  check_rows((prefix + "qkv").c_str(), qkv);
+  const int64_t half = qkv.size(3) / 2;
+  check_plain((prefix + "cos").c_str(), cos, ScalarType::Float, "float32");
+  check_plain((prefix + "sin").c_str(), sin, ScalarType::Float, "float32");
+  STD_TORCH_CHECK(cos.dim() == 2 && sin.dim() == 2 && cos.size(1) == half && sin.size(1) == half && sin.size(0) == cos.size(0),
+                  operation, ": cos and sin must be [positions, ", half, "], got ", shape(cos), " and ", shape(sin), ".");
+  check_rows((prefix + "cos").c_str(), cos);
+  check_rows((prefix + "sin").c_str(), sin);
+  check_plain((prefix + "cu_seqlens").c_str(), cu_seqlens, ScalarType::Int, "int32");
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, operation, ": cu_seqlens must be [sequences + 1].");
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  STD_TORCH_CHECK(sequences > 0 || qkv.size(0) == 0, operation, ": cu_seqlens names no sequence, but qkv has ", qkv.size(0),
+                  " tokens.");
+  STD_TORCH_CHECK(sequences <= 65535, operation, ": at most 65535 sequences a call, got ", sequences, ".");
+  STD_TORCH_CHECK(qkv.size(1) * (qkv.size(2) - 2) <= 65535, operation, ": at most 65535 heads.");
+  if (table_offsets.has_value()) {
+    check_plain((prefix + "table_offsets").c_str(), *table_offsets, ScalarType::Int, "int32");
+    STD_TORCH_CHECK(table_offsets->dim() == 1 && table_offsets->size(0) == sequences, operation, ": table_offsets must be [",
+                    sequences, "], one a sequence.");
+  } else {
+    STD_TORCH_CHECK(max_seqlen <= cos.size(0) || qkv.size(0) <= cos.size(0), operation, ": the cos/sin table has ", cos.size(0),
+                    " rows, but max_seqlen is ", max_seqlen, ": build a longer table.");
+  }
+  STD_TORCH_CHECK(max_seqlen >= 0 && (max_seqlen > 0 || qkv.size(0) == 0), operation, ": max_seqlen is ", max_seqlen, ".");
+  Attention a{};
+  a.qkv = {qkv.data_ptr(), qkv.stride(0), qkv.stride(1), qkv.stride(2)};
+  a.table = {pointer<const float>(cos), pointer<const float>(sin),
+             table_offsets.has_value() ? pointer<const int32_t>(*table_offsets) : nullptr, (int32_t)cos.size(0)};
+  a.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+  a.sequences = (int32_t)sequences, a.tokens = (int32_t)qkv.size(0);
+  a.max_seqlen = (int32_t)(max_seqlen < qkv.size(0) ? max_seqlen : qkv.size(0));
+  a.kv_heads = (int32_t)qkv.size(1), a.queries = (int32_t)qkv.size(2) - 2, a.dim = (int32_t)qkv.size(3);
+  return a;
+}
+
+// Rotated copy [heads, T, D] of `slots` slots of each group.
+Tensor rotated(const Attention& a, const Tensor& qkv, int32_t first_slot, int32_t slots, cudaStream_t stream) {
+  Tensor target = torch::stable::new_empty(qkv, {a.kv_heads * slots, a.tokens, a.dim});
+  rotate_launch({a.qkv, first_slot, slots, target.data_ptr(), a.table, a.cu_seqlens, a.sequences, a.tokens, a.kv_heads, a.dim},
+                stream);
+  return target;
+}
+
+std::tuple<Tensor, Tensor> rope_attention_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens,
+                                                  std::optional<Tensor> table_offsets, int64_t max_seqlen, double scale) {
+  const Attention a = attention_arguments("rope_attention", qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen);
+  const OnDevice place(qkv);
+  Tensor out = torch::stable::new_empty(qkv, {a.tokens, a.heads(), a.dim});
+  Tensor lse = torch::stable::new_empty(qkv, {a.heads(), a.tokens}, ScalarType::Float);
+  const Tensor keys = rotated(a, qkv, a.queries, 1, place.stream);
+  attention_forward_launch({a.qkv, keys.data_ptr(), out.data_ptr(), pointer<float>(lse), a.table, a.cu_seqlens, a.sequences,
+                            a.tokens, a.max_seqlen, a.kv_heads, a.queries, a.dim, (float)scale},
+                           place.stream);
+  place.check_launch("rope_attention");
+  return {out, lse};
+}
+
+}  // namespace
+
+#ifdef INTERNLM2_EMULATION
+// The same functions as CPU operators of another namespace, one for each build (the tests load mutants beside the real one).
+STABLE_TORCH_LIBRARY(INTERNLM2_EMULATION, m) {
+  m.def(
+      "rope_attention_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor? table_offsets, int max_seqlen, "
+      "float scale) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(INTERNLM2_EMULATION, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
+#endif
+  m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
+}

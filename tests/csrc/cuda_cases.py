@@ -1,0 +1,95 @@
+"""Inputs and float64 references for the CUDA kernels, used on the emulation and on a GPU alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AttentionCase:
+    """Random packed attention. T tokens, G groups, R queries a group, D head dim; offsets[i] shifts sequence i's rotation."""
+
+    lengths: tuple[int, ...]
+    groups: int = 2
+    queries: int = 2
+    dim: int = 64
+    offsets: tuple[int, ...] | None = None
+    scale: float | None = None
+    slack: int = 0  # how far max_seqlen lies above the longest sequence
+    strided: bool = False  # qkv as a slice of a wider tensor
+    seed: int = 0
+    qkv: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens, slots = sum(self.lengths), self.queries + 2
+        wide = torch.randn(tokens, self.groups + self.strided, slots, self.dim, generator=generator).bfloat16()
+        self.qkv = wide[:, : self.groups]
+        self.grad_out = torch.randn(tokens, self.heads, self.dim, generator=generator).bfloat16()
+        self.max_seqlen = max(self.lengths, default=0) + self.slack
+        self.cu_seqlens = torch.tensor((0, *self.lengths)).cumsum(0).to(torch.int32)
+        self.table_offsets = None if self.offsets is None else torch.tensor(self.offsets, dtype=torch.int32)
+        if self.scale is None:
+            self.scale = self.dim**-0.5
+        rows = max((o + n for o, n in zip(self.offsets or (0,) * len(self.lengths), self.lengths)), default=1)
+        frequency = 1e4 ** (-torch.arange(self.dim // 2, dtype=torch.float64) / (self.dim // 2))
+        # Rows up to max_seqlen must exist without offsets: the bindings insist, as they cannot see the lengths.
+        angles = torch.arange(max(rows, self.max_seqlen, 1), dtype=torch.float64)[:, None] * frequency
+        self.cos, self.sin = angles.cos().float(), angles.sin().float()
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.queries
+
+    def forward_arguments(self) -> tuple:
+        return (self.qkv, self.cos, self.sin, self.cu_seqlens, self.table_offsets, self.max_seqlen, self.scale)
+
+    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        """out [T, H, D], lse [H, T] and the gradient of qkv under grad_out, all in float64."""
+        qkv = self.qkv.double().contiguous().requires_grad_()
+        outs, lses = [], []
+        start = 0
+        for i, length in enumerate(self.lengths):
+            rows = torch.arange(length) + (self.offsets[i] if self.offsets else 0)
+            out, lse = self._sequence(qkv[start : start + length], self.cos[rows].double(), self.sin[rows].double())
+            outs.append(out)
+            lses.append(lse)
+            start += length
+        out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+        out.backward(self.grad_out.double())
+        return out.detach(), lse.detach(), qkv.grad
+
+    def _sequence(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        def rotate(x: Tensor) -> Tensor:
+            low, high = x.chunk(2, dim=-1)
+            c, s = cos[:, None], sin[:, None]
+            return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+
+        q = rotate(qkv[:, :, :-2].flatten(1, 2))
+        k, v = (x.repeat_interleave(self.queries, dim=1) for x in (rotate(qkv[:, :, -2]), qkv[:, :, -1]))
+        scores = torch.einsum("ihd,jhd->hij", q, k) * self.scale
+        scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -math.inf)
+        return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+# Lengths around the block sizes (64 keys, 128 queries), empty sequences, groups of one to six, offsets, strides.
+ATTENTION_CASES = {
+    "one token": AttentionCase((1,)),
+    "short and empty": AttentionCase((5, 0, 64, 1, 0, 17), dim=128, offsets=(3, 0, 100, 7, 2, 0)),
+    "block edges": AttentionCase((63, 65, 129), groups=1, queries=1),
+    "block edges, wide": AttentionCase((127, 130), groups=1, queries=3, dim=128, slack=70),
+    "long": AttentionCase((300, 41), groups=1, queries=1, dim=128, scale=0.2),
+    "six queries a group": AttentionCase((70,), groups=2, queries=6),
+    "strided, offsets": AttentionCase((33, 96), groups=2, queries=1, strided=True, offsets=(1000, 12)),
+}
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference; inf for any value that is not finite."""
+    if not value.isfinite().all():
+        return math.inf
+    return ((value.double() - reference).norm() / reference.norm()).item()
