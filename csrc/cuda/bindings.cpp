@@ -15,6 +15,7 @@
 extern "C" {
 void rotate_launch(const RotateParams&, cudaStream_t);
 void attention_forward_launch(const AttentionForwardParams&, cudaStream_t);
+void attention_backward_launch(const AttentionBackwardParams&, cudaStream_t);
 }
 
 namespace {
@@ -94,6 +95,7 @@ Attention attention_arguments(const char* operation, const Tensor& qkv, const Te
     STD_TORCH_CHECK(max_seqlen <= cos.size(0) || qkv.size(0) <= cos.size(0), operation, ": the cos/sin table has ", cos.size(0),
                     " rows, but max_seqlen is ", max_seqlen, ": build a longer table.");
   }
+  STD_TORCH_CHECK(cos.size(0) > 0 || qkv.size(0) == 0, operation, ": the cos/sin table has no rows.");
   STD_TORCH_CHECK(max_seqlen >= 0 && (max_seqlen > 0 || qkv.size(0) == 0), operation, ": max_seqlen is ", max_seqlen, ".");
   Attention a{};
   a.qkv = {qkv.data_ptr(), qkv.stride(0), qkv.stride(1), qkv.stride(2)};
@@ -128,6 +130,32 @@ std::tuple<Tensor, Tensor> rope_attention_forward(Tensor qkv, Tensor cos, Tensor
   return {out, lse};
 }
 
+Tensor rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cos, Tensor sin, Tensor cu_seqlens,
+                               std::optional<Tensor> table_offsets, int64_t max_seqlen, double scale) {
+  const char* operation = "rope_attention_backward";
+  const Attention a = attention_arguments(operation, qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen);
+  for (const auto& [name, x] : {std::pair<const char*, const Tensor&>{"rope_attention_backward: grad_out", grad_out},
+                                {"rope_attention_backward: out", out}}) {
+    check_plain(name, x, ScalarType::BFloat16, "bfloat16");
+    check_rows(name, x);
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == a.tokens && x.size(1) == a.heads() && x.size(2) == a.dim, name, " must be [",
+                    a.tokens, ", ", a.heads(), ", ", a.dim, "], got ", shape(x), ".");
+  }
+  check_plain("rope_attention_backward: lse", lse, ScalarType::Float, "float32");
+  STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == a.heads() && lse.size(1) == a.tokens, operation, ": lse must be [", a.heads(),
+                  ", ", a.tokens, "], got ", shape(lse), ".");
+  const OnDevice place(qkv);
+  Tensor grad_qkv = torch::stable::new_empty(qkv, {a.tokens, a.kv_heads, a.queries + 2, a.dim});
+  const Tensor delta = torch::stable::new_empty(qkv, {a.heads(), a.tokens}, ScalarType::Float);
+  const Tensor queries = rotated(a, qkv, 0, a.queries, place.stream), keys = rotated(a, qkv, a.queries, 1, place.stream);
+  attention_backward_launch({a.qkv, queries.data_ptr(), keys.data_ptr(), out.data_ptr(), grad_out.data_ptr(),
+                             pointer<const float>(lse), pointer<float>(delta), grad_qkv.data_ptr(), a.table, a.cu_seqlens,
+                             a.sequences, a.tokens, a.max_seqlen, a.kv_heads, a.queries, a.dim, (float)scale},
+                            place.stream);
+  place.check_launch(operation);
+  return grad_qkv;
+}
+
 }  // namespace
 
 #ifdef INTERNLM2_EMULATION
@@ -136,10 +164,14 @@ STABLE_TORCH_LIBRARY(INTERNLM2_EMULATION, m) {
   m.def(
       "rope_attention_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor? table_offsets, int max_seqlen, "
       "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cos, Tensor sin, Tensor cu_seqlens, "
+      "Tensor? table_offsets, int max_seqlen, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(INTERNLM2_EMULATION, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
 #endif
   m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
+  m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
 }
