@@ -16,6 +16,8 @@ extern "C" {
 void rotate_launch(const RotateParams&, cudaStream_t);
 void attention_forward_launch(const AttentionForwardParams&, cudaStream_t);
 void attention_backward_launch(const AttentionBackwardParams&, cudaStream_t);
+void decode_attention_launch(const DecodeAttentionParams&, cudaStream_t);
+int32_t decode_attention_splits(int32_t batch, int32_t kv_heads, int32_t queries_per_group, int32_t capacity, int32_t multiprocessors);
 }
 
 namespace {
@@ -156,6 +158,47 @@ Tensor rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor l
   return grad_qkv;
 }
 
+KvCache cache_argument(const char* name, const Tensor& x, int64_t batch, int64_t dim) {
+  check_place(name, x, ScalarType::BFloat16, "bfloat16");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == batch && x.size(3) == dim, name, " must be [", batch, ", kv_heads, capacity, ", dim,
+                  "], got ", shape(x), ".");
+  check_rows(name, x);
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, double scale) {
+  check_plain("decode_attention: q", q, ScalarType::BFloat16, "bfloat16");
+  STD_TORCH_CHECK(q.dim() == 3, "decode_attention: q must be [batch, heads, head_dim], got ", shape(q), ".");
+  check_rows("decode_attention: q", q);
+  const int64_t batch = q.size(0), heads = q.size(1), dim = q.size(2);
+  check_head_dim("decode_attention", dim);
+  DecodeAttentionParams p{};
+  p.keys = cache_argument("decode_attention: k_cache", k_cache, batch, dim);
+  p.values = cache_argument("decode_attention: v_cache", v_cache, batch, dim);
+  const int64_t groups = k_cache.size(1), capacity = k_cache.size(2);
+  STD_TORCH_CHECK(v_cache.size(1) == groups && v_cache.size(2) == capacity,
+                  "decode_attention: k_cache and v_cache differ in shape: ", shape(k_cache), " and ", shape(v_cache), ".");
+  STD_TORCH_CHECK(groups > 0 && heads % groups == 0, "decode_attention: ", heads, " query heads do not divide among ", groups,
+                  " kv heads.");
+  STD_TORCH_CHECK(batch <= 65535 && heads <= 65535, "decode_attention: at most 65535 rows and heads.");
+  check_plain("decode_attention: lengths", lengths, ScalarType::Int, "int32");
+  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == batch, "decode_attention: lengths must be [", batch, "].");
+  const OnDevice place(q);
+  Tensor out = torch::stable::new_empty(q, {batch, heads, dim});
+  p.q = q.data_ptr(), p.lengths = pointer<const int32_t>(lengths), p.out = out.data_ptr();
+  p.batch = (int32_t)batch, p.kv_heads = (int32_t)groups, p.queries_per_group = (int32_t)(heads / groups);
+  p.head_dim = (int32_t)dim, p.capacity = (int32_t)capacity, p.scale = (float)scale;
+  if (batch == 0 || heads == 0) return out;
+  p.splits = decode_attention_splits(p.batch, p.kv_heads, p.queries_per_group, p.capacity, place.multiprocessors());
+  const int64_t scratch = p.splits > 1 ? p.splits : 0;
+  const Tensor partial_out = torch::stable::new_empty(q, {scratch, batch, heads, dim}, ScalarType::Float);
+  const Tensor partial_lse = torch::stable::new_empty(q, {scratch, batch, heads}, ScalarType::Float);
+  p.partial_out = pointer<float>(partial_out), p.partial_lse = pointer<float>(partial_lse);
+  decode_attention_launch(p, place.stream);
+  place.check_launch("decode_attention");
+  return out;
+}
+
 }  // namespace
 
 #ifdef INTERNLM2_EMULATION
@@ -167,6 +210,7 @@ STABLE_TORCH_LIBRARY(INTERNLM2_EMULATION, m) {
   m.def(
       "rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cos, Tensor sin, Tensor cu_seqlens, "
       "Tensor? table_offsets, int max_seqlen, float scale) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(INTERNLM2_EMULATION, CPU, m) {
 #else
@@ -174,4 +218,5 @@ STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
 #endif
   m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
   m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }

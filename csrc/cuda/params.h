@@ -54,3 +54,20 @@ struct AttentionBackwardParams {
   int32_t sequences, tokens, max_seqlen, kv_heads, queries_per_group, head_dim;
   float scale;
 };
+
+// One new token a row over its cache. Strides of rows, groups and positions, in elements.
+struct KvCache {
+  const void* data;
+  int64_t row_stride, group_stride, position_stride;
+};
+
+struct DecodeAttentionParams {
+  const void* q;  // bf16 [B, H, D], rotated, contiguous
+  KvCache keys, values;
+  const int32_t* lengths;  // [B]
+  void* out;               // bf16 [B, H, D]
+  float* partial_out;      // fp32 [splits, B, H, D], scratch; unused with one split
+  float* partial_lse;      // fp32 [splits, B, H], base 2, scratch
+  int32_t batch, kv_heads, queries_per_group, head_dim, capacity, splits;
+  float scale;
+};

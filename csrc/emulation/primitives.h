@@ -85,19 +85,19 @@ void cp_async_wait() {
 }
 
 template <class T>
-T load_shared(const T* pointer) {
+T load_shared(const T* pointer, int line = __builtin_LINE()) {
   emulation::Fiber& fiber = emulation::current_fiber();
   const size_t offset = emulation::shared_offset(pointer, sizeof(T), "shared load");
   emulation::note_read(fiber, offset, sizeof(T), false);
-  emulation::note_access(fiber, offset, sizeof(T));
+  emulation::note_access(fiber, offset, sizeof(T), line);
   return *pointer;
 }
 template <class T>
-void store_shared(T* pointer, const T& value) {
+void store_shared(T* pointer, const T& value, int line = __builtin_LINE()) {
   emulation::Fiber& fiber = emulation::current_fiber();
   const size_t offset = emulation::shared_offset(pointer, sizeof(T), "shared store");
   emulation::note_write(fiber, offset, sizeof(T), false);
-  emulation::note_access(fiber, offset, sizeof(T));
+  emulation::note_access(fiber, offset, sizeof(T), line);
   *pointer = value;
 }
 template <class T>

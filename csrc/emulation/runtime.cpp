@@ -144,10 +144,8 @@ void finish_rendezvous(Block& block, Warp& warp, Compute compute) {
   warp.arrived = 0;
   warp.operation = nullptr;
   Fiber* lanes = &block.fibers[warp.index * kLanes];
-  for (int lane = 0; lane < kLanes; lane++) {
-    lanes[lane].access_ordinal = 0;
+  for (int lane = 0; lane < kLanes; lane++)
     if (lanes[lane].state == State::waits_for_warp) wake(lanes[lane]);
-  }
 }
 
 void leave(Block& block, Fiber& fiber) {
@@ -186,7 +184,6 @@ void reset_block(Block& block, uint3 index) {
     fiber.index = {i % block.block_size.x, i / block.block_size.x % block.block_size.y,
                    i / (block.block_size.x * block.block_size.y)};
     fiber.state = State::ready;
-    fiber.access_ordinal = 0;
     fiber.open_group.clear();
     fiber.groups.clear();
     prepare_stack(block, fiber);

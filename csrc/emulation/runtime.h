@@ -64,10 +64,12 @@ struct Warp {
   const char* operation = nullptr;  // collective in progress; compared by address
   unsigned index = 0, arrived = 0, members = 0, ready = 0;
   uint32_t sync_epoch = 1;  // advanced by __syncwarp and __syncthreads
-  // Plain shared-memory accesses since the last collective, by per-lane ordinal, for the bank-conflict count.
+  // Plain shared-memory accesses since the last collective, for the bank-conflict count. Lanes that execute the same
+  // source line for the same time are taken to execute it together.
   struct Access {
     uint32_t mask = 0;
     unsigned bytes = 0;
+    int line = 0;
     uint32_t offset[kLanes];
   };
   std::vector<Access> accesses;
@@ -80,7 +82,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
   Block* block = nullptr;
   Warp* warp = nullptr;
-  unsigned thread = 0, lane = 0, access_ordinal = 0;
+  unsigned thread = 0, lane = 0;
   uint3 index{};
   State state = State::ready;
   std::vector<PendingCopy> open_group;
@@ -148,7 +150,7 @@ size_t shared_offset(const void* pointer, size_t bytes, const char* operation);
 void note_read(Fiber& fiber, size_t offset, size_t bytes, bool whole_warp);
 void note_write(Fiber& fiber, size_t offset, size_t bytes, bool asynchronous);
 void note_landed(Fiber& fiber, size_t offset, size_t bytes);
-void note_access(Fiber& fiber, size_t offset, size_t bytes);  // for the bank-conflict count of plain accesses
+void note_access(Fiber& fiber, size_t offset, size_t bytes, int line);  // for the bank-conflict count
 
 void copy_async(void* destination, const void* source, unsigned bytes, bool valid);
 void copy_commit();

@@ -66,14 +66,14 @@ void note_landed(Fiber& fiber, size_t offset, size_t bytes) {
   }
 }
 
-void note_access(Fiber& fiber, size_t offset, size_t bytes) {
-  Warp& warp = *fiber.warp;
-  const unsigned ordinal = fiber.access_ordinal++;
-  if (ordinal >= warp.accesses.size()) warp.accesses.resize(ordinal + 1);
-  Warp::Access& access = warp.accesses[ordinal];
-  access.mask |= 1u << fiber.lane;
-  access.bytes = static_cast<unsigned>(bytes);
-  access.offset[fiber.lane] = static_cast<uint32_t>(offset);
+void note_access(Fiber& fiber, size_t offset, size_t bytes, int line) {
+  std::vector<Warp::Access>& accesses = fiber.warp->accesses;
+  const uint32_t lane_bit = 1u << fiber.lane;
+  size_t i = 0;
+  while (i < accesses.size() && (accesses[i].line != line || (accesses[i].mask & lane_bit) != 0)) i++;
+  if (i == accesses.size()) accesses.push_back({0, static_cast<unsigned>(bytes), line, {}});
+  accesses[i].mask |= lane_bit;
+  accesses[i].offset[fiber.lane] = static_cast<uint32_t>(offset);
 }
 
 namespace {

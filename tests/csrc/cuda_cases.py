@@ -93,3 +93,52 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     if not value.isfinite().all():
         return math.inf
     return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+@dataclass
+class DecodeCase:
+    """One query a head over a cache whose unused part is NaN."""
+
+    lengths: tuple[int, ...]
+    capacity: int
+    groups: int = 2
+    queries: int = 2
+    dim: int = 64
+    position_major: bool = False  # cache stored as [B, L, G, D]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        batch = len(self.lengths)
+        self.q = torch.randn(batch, self.groups * self.queries, self.dim, generator=generator).bfloat16()
+        self.lengths_tensor = torch.tensor(self.lengths, dtype=torch.int32)
+        self.k, self.v = (
+            torch.randn(batch, self.groups, self.capacity, self.dim, generator=generator).bfloat16() for _ in range(2)
+        )
+        unused = torch.arange(self.capacity) >= self.lengths_tensor[:, None]
+        for cache in (self.k, self.v):
+            cache.masked_fill_(unused[:, None, :, None], math.nan)
+        if self.position_major:
+            self.k, self.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (self.k, self.v))
+
+    def arguments(self) -> tuple:
+        return self.q, self.k, self.v, self.lengths_tensor, self.dim**-0.5
+
+    def reference(self) -> Tensor:
+        rows = []
+        for b, length in enumerate(self.lengths):
+            k, v = (x[b, :, :length].double().repeat_interleave(self.queries, dim=0) for x in (self.k, self.v))
+            scores = torch.einsum("hd,hld->hl", self.q[b].double(), k) * self.dim**-0.5
+            rows.append(torch.einsum("hl,hld->hd", scores.softmax(-1), v) if length else torch.zeros_like(v[:, 0:1].sum(1)))
+        return torch.stack(rows)
+
+
+# Lengths around the step of 64 keys, rows without entries, one and several splits, groups beyond 16 queries.
+DECODE_CASES = {
+    "one key": DecodeCase((1,), capacity=4),
+    "ragged, one split": DecodeCase((63, 64, 65, 0, 17), capacity=100, dim=128),
+    "ragged, many splits": DecodeCase((1500, 3, 0), capacity=1536, groups=1, queries=4, dim=128),
+    "six queries a group": DecodeCase((700,), capacity=900, groups=1, queries=6),
+    "twenty queries a group": DecodeCase((130, 70), capacity=130, groups=1, queries=20),
+    "position major": DecodeCase((90, 200), capacity=210, position_major=True, dim=128),
+}
