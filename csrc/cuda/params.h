@@ -71,3 +71,35 @@ struct DecodeAttentionParams {
   int32_t batch, kv_heads, queries_per_group, head_dim, capacity, splits;
   float scale;
 };
+
+// Weights of a linear layer y = x W^T in the order in which the mma fragments take them, W = (code - zero) * scale.
+//
+// words   4 bit: [ceil(N / 16), ceil(K / 64), 32 lanes] of 16 bytes, 64 inputs of 16 outputs; 8 bit: the same with K / 32.
+//         The layout of the 16 bytes is stated at fragment_code() in quantized_linear.cu.
+// scales  fp32 [ceil(K / group), 16 * ceil(N / 16)]
+// zeros   fp32, same shape: whole numbers, 0 .. 2^bits - 1
+struct QuantizedWeight {
+  void* words;
+  float* scales;
+  float* zeros;
+  int32_t outputs, inputs, bits, group;  // group: inputs that share a scale, a multiple of 64
+};
+
+struct QuantizedPackParams {
+  const uint8_t* codes;  // 4 bit: [N, ceil(K / 2)], the lower input in the low half of a byte; 8 bit: [N, K]
+  const float* scales;   // [N, ceil(K / group)]
+  const uint8_t* zeros;  // [N, ceil(K / group)], or null: 2^(bits - 1)
+  QuantizedWeight weight;
+};
+
+struct QuantizedLinearParams {
+  const void* x;  // bf16 [M, K], contiguous, K a multiple of 8
+  QuantizedWeight weight;
+  void* y;  // bf16 [M, N]
+  int32_t rows;
+};
+
+struct DequantizeParams {
+  QuantizedWeight weight;
+  void* out;  // bf16 [N, K]
+};

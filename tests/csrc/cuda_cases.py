@@ -142,3 +142,53 @@ DECODE_CASES = {
     "twenty queries a group": DecodeCase((130, 70), capacity=130, groups=1, queries=20),
     "position major": DecodeCase((90, 200), capacity=210, position_major=True, dim=128),
 }
+
+
+@dataclass
+class LinearCase:
+    """y = x W^T with W = (code - zero) * scale. M rows, N outputs, K inputs."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    bits: int = 4
+    group: int = 128
+    asymmetric: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        groups, top = -(-self.inputs // self.group), 2**self.bits
+        self.x = torch.randn(self.rows, self.inputs, generator=generator).bfloat16()
+        self.codes = torch.randint(top, (self.outputs, self.inputs), generator=generator).to(torch.uint8)
+        self.scales = torch.rand(self.outputs, groups, generator=generator) * 0.02 + 0.001
+        self.zeros = None
+        if self.asymmetric:
+            self.zeros = torch.randint(top, (self.outputs, groups), generator=generator).to(torch.uint8)
+        stored = self.codes
+        if self.bits == 4:
+            stored = self.codes[:, ::2] | self.codes[:, 1::2] << 4
+        self.pack_arguments = (stored, self.scales, self.zeros, self.inputs, self.bits, self.group)
+        self.shape = (self.outputs, self.inputs, self.bits, self.group)
+
+    def weight(self) -> Tensor:
+        """[N, K] in float64."""
+        zeros = self.zeros.double() if self.asymmetric else torch.full_like(self.scales.double(), 2 ** (self.bits - 1))
+        expand = lambda t: t.double().repeat_interleave(self.group, dim=1)[:, : self.inputs]  # noqa: E731
+        return (self.codes.double() - expand(zeros)) * expand(self.scales)
+
+    def reference(self) -> Tensor:
+        return self.x.double() @ self.weight().t()
+
+
+# Rows around the 16 and 64 of a block, outputs around 16, inputs that end inside a step and inside a group.
+LINEAR_CASES = {
+    "one row": LinearCase(1, 48, 512),
+    "ragged outputs and inputs": LinearCase(5, 37, 200, asymmetric=True),
+    "sixteen rows, 8 bit": LinearCase(16, 64, 640, bits=8),
+    "8 bit, ragged, asymmetric": LinearCase(3, 18, 328, bits=8, asymmetric=True),
+    "many rows": LinearCase(70, 80, 384, asymmetric=True),
+    "many rows, 8 bit": LinearCase(130, 33, 264, bits=8, group=64),
+    "one group": LinearCase(20, 16, 64, group=256),
+    "two groups of 64, no even share": LinearCase(9, 16, 320, group=64, asymmetric=True),
+}
