@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 from internlm2.data.tokenizer import MARKERS, Tokenizer
 
+# Raise when a change alters what a conversation is rendered to: cached shards of the old kind are then not used.
+FORMAT = 1
+
 ROLES = ("system", "user", "assistant", "environment")
 # Names of turns, and tools of actions, that are written as a marker: `name=<|plugin|>`.
 TOOLS = ("plugin", "interpreter")
@@ -68,6 +71,11 @@ class Message:
             raise ChatError(
                 f"a turn's name must be one line of text (plugin and interpreter without their bars), not {self.name!r}"
             )
+
+    @property
+    def plain_text(self) -> str:
+        """Content and the bodies of the actions, without markers."""
+        return "\n".join((self.content, *(action.body for action in self.actions)))
 
     @property
     def trained(self) -> bool:

@@ -34,6 +34,11 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 _GENERATED = re.compile(r"auto[- ]?generated|generated (by|from|file)|do not edit|decoding_table|decoding_map", re.I)
 
 
+def folder(part: str) -> Path:
+    """Where the documents of a part come from."""
+    return library_folder()
+
+
 def library_folder() -> Path:
     """Folder of the running Python's standard library; ConfigError where it holds no source files."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -48,7 +53,7 @@ def manifest(part: str) -> str:
     """Hash of all that the documents of a part are made of."""
     digest = hashlib.sha256(f"{DERIVATION_VERSION} {SPLIT_SALT} {TOPIC_SALT} {part}".encode())
     if part == "prose":
-        for name, text in sorted(_topics().items()):
+        for name, text in sorted(topics().items()):
             digest.update(f"{name}\0{text}\0".encode())
         return digest.hexdigest()
     for name, text in _files().items():
@@ -65,15 +70,16 @@ def documents(part: str) -> Iterator[Document]:
 def input_bytes(part: str) -> int:
     """About how much text a part holds; for progress bars and sample shares."""
     if part == "prose":
-        return sum(map(len, _topics().values()))
+        return sum(map(len, topics().values()))
     total = sum(map(len, _files().values()))
     return total // 6 if part == "docstrings" else total
 
 
-def _topics() -> dict[str, str]:
-    from pydoc_data import topics
+def topics() -> dict[str, str]:
+    """Name -> text of each topic of the language reference."""
+    from pydoc_data import topics as module
 
-    return topics.topics
+    return module.topics
 
 
 @lru_cache(maxsize=1)
@@ -124,17 +130,19 @@ def _is_generated(name: str, text: str) -> bool:
     return bool(_GENERATED.search(text[:1000]))
 
 
-def _modules() -> dict[str, str]:
+def modules() -> dict[str, str]:
+    """Relative path -> text of each module."""
     return {name: text for name, text in _files().items() if name.endswith(".py")}
 
 
-def _split_key(name: str) -> str:
+def split_key(name: str) -> str:
+    """Equal for the modules of one top-level package."""
     return f"stdlib-{SPLIT_SALT}:{name.split('/')[0].removesuffix('.py')}"
 
 
 def _code() -> Iterator[Document]:
-    for name, text in _modules().items():
-        yield Document(name, text=text, split_key=_split_key(name))
+    for name, text in modules().items():
+        yield Document(name, text=text, split_key=split_key(name))
 
 
 def _packages() -> Iterator[Document]:
@@ -143,16 +151,16 @@ def _packages() -> Iterator[Document]:
         groups.setdefault(name.split("/")[0], {})[name] = text
     for name, files in groups.items():
         if sum(len(text.encode()) for text in files.values()) >= LONG_BYTES:
-            yield Document(name, text=markdown_document(name.removesuffix(".py"), files), split_key=_split_key(name))
+            yield Document(name, text=markdown_document(name.removesuffix(".py"), files), split_key=split_key(name))
 
 
 def _prose() -> Iterator[Document]:
-    for name, text in sorted(_topics().items()):
+    for name, text in sorted(topics().items()):
         yield Document(name, text=text.strip() + "\n", split_key=f"stdlib-topic-{TOPIC_SALT}:{name}")
 
 
 def _docstrings() -> Iterator[Document]:
-    for name, text in _modules().items():
+    for name, text in modules().items():
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError):
@@ -160,7 +168,7 @@ def _docstrings() -> Iterator[Document]:
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         sections = list(_sections(tree, module))
         if sections:
-            yield Document(name, text="\n\n".join(sections) + "\n", split_key=_split_key(name))
+            yield Document(name, text="\n\n".join(sections) + "\n", split_key=split_key(name))
 
 
 def _sections(node: ast.AST, name: str) -> Iterator[str]:
