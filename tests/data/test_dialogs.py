@@ -107,7 +107,7 @@ DATA = {
     "awscli": (
         "awscli",
         "awscli/examples/iam/create.rst",
-        "**Example 1: To create a profile**\n\nThe following ``create``. ::\n\n    aws iam create \\\n        --name x\n"
+        "**Example 1: To create a profile**\n\nThe following. ::\n\n    aws iam create \\\n        --name x\n"
         "\nOutput::\n\n    {}\n",
         ("Give me the AWS command line to create a profile.", "aws iam create \\\n    --name x"),
     ),
