@@ -157,6 +157,7 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths
   Tensor out = torch::stable::empty_like(q);
   a.q = q.data_ptr(), a.k_cache = k_cache.data_ptr(), a.v_cache = v_cache.data_ptr(), a.out = out.data_ptr();
   a.scale = (float)scale;
+  a.threads = (int)torch::stable::get_num_threads();
   a.parallel = parallel;
   internlm2::kernels().decode_attention(a);
   return out;

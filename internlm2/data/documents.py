@@ -59,6 +59,7 @@ class Unit(Protocol):
     leaves it 0.
     """
 
+    name: str  # the file that line numbers belong to; empty where there are several
     size: int  # bytes of input, for the progress bar
     lines: int
 
@@ -74,6 +75,7 @@ class MemoryUnit:
     items: list[Document]
     size: int
     lines: int = 0
+    name: str = ""
 
     def documents(self) -> Iterator[Document | BadRecord]:
         """The documents in their order."""

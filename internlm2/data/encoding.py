@@ -34,6 +34,7 @@ class EncodedUnit:
     mask: np.ndarray | None  # uint8 over tokens, 1 = no loss on it; None: loss everywhere
     bad: list[BadRecord]
     size: int  # bytes of input
+    name: str  # of the unit
     lines_read: int  # lines of the unit where `lines` count from its start, else 0
 
 
@@ -195,5 +196,6 @@ class _UnitBuilder:
             mask=mask,
             bad=self.bad,
             size=unit.size,
+            name=unit.name,
             lines_read=unit.lines,
         )

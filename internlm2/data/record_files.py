@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from internlm2.config import ConfigError
 from internlm2.data.documents import BadRecord, Document, RecordError
 
@@ -184,6 +186,7 @@ class FilesUnit:
     names: list[str]
     size: int
     lines: int = 0
+    name: str = ""
 
     def documents(self) -> Iterator[Document | BadRecord]:
         """One document or bad record for each file."""
@@ -204,6 +207,28 @@ def line_units(path: Path, name: str, reader: RecordReader | None) -> list[LineU
         LineUnit(path, name, start, min(start + RANGE_BYTES, size), reader, min(RANGE_BYTES, size - start))
         for start in starts
     ]
+
+
+def internevo_units(path: Path, name: str) -> list[LineUnit]:
+    """Units of an InternEvo `.bin`; ConfigError where the `.bin.meta` beside it does not fit its content.
+
+    The meta file is an array of (byte offset, tokens) for each line; its last line must end where the file ends.
+    """
+    meta = path.with_name(path.name + ".meta")
+    if meta.is_file() and path.stat().st_size:
+        try:
+            offsets = np.load(meta, allow_pickle=False)[:, 0]
+            with open(path, "rb") as stream:
+                stream.seek(int(offsets[-1]))
+                line = stream.readline()
+                fits = offsets[0] == 0 and line.strip() != b"" and not stream.read(1)
+        except (OSError, ValueError, IndexError) as error:
+            raise ConfigError(f"{meta} is no array of offsets and lengths: {error}") from error
+        if not fits:
+            raise ConfigError(
+                f"{meta} does not belong to {path} (truncated or changed?): tokenize it again or delete the meta file"
+            )
+    return line_units(path, name, None)
 
 
 def json_units(path: Path, name: str, reader: RecordReader) -> list[LineUnit] | list[ArrayUnit]:

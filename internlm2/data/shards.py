@@ -162,14 +162,18 @@ class _Writer:
         self.bad_first: list[str] = []
         self.files: dict[str, int] = {}
         self.lines_before: dict[str, int] = {}
-        self.content = hashlib.blake2b(digest_size=16)
+        # Apart from each other, so that the division into units leaves no trace.
+        self.content = {part: hashlib.blake2b(digest_size=16) for part in ("tokens", "lengths", "masked")}
         self.streams: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> "_Writer":
         for column in ("tokens", *_COLUMNS):
-            self.streams[column] = open(self.folder / f"{column}.bin", "wb")  # noqa: SIM115
+            self.streams[column] = self._open(column)
         self.streams["offsets"].write(bytes(8))
         return self
+
+    def _open(self, column: str) -> BinaryIO:
+        return open(self.folder / f"{column}.bin", "wb")
 
     def __exit__(self, *_: object) -> None:
         for stream in self.streams.values():
@@ -181,11 +185,9 @@ class _Writer:
         file_index = [self.files.setdefault(file, len(self.files)) for file in unit.files]
         lines = unit.lines
         if unit.lines_read:
-            # A line-based unit reads one file only.
-            file = unit.files[0] if unit.files else unit.bad[0].file if unit.bad else None
-            if file is not None:
-                lines = lines + self.lines_before.get(file, 0)
-                self.lines_before[file] = self.lines_before.get(file, 0) + unit.lines_read
+            before = self.lines_before.get(unit.name, 0)
+            lines = lines + before
+            self.lines_before[unit.name] = before + unit.lines_read
         columns = {
             "tokens": unit.tokens,
             "offsets": self.tokens + np.cumsum(unit.lengths, dtype=np.int64),
@@ -197,8 +199,8 @@ class _Writer:
         for column, values in columns.items():
             self.streams[column].write(np.ascontiguousarray(values).data)
         self._add_mask(unit)
-        self.content.update(unit.tokens.astype("<u4").data)
-        self.content.update(unit.lengths.astype("<i8").data)
+        self.content["tokens"].update(unit.tokens.astype("<u4").data)
+        self.content["lengths"].update(unit.lengths.astype("<i8").data)
         self.documents += len(unit.lengths)
         self.tokens += len(unit.tokens)
         self.text_bytes += int(unit.text_bytes.sum())
@@ -219,11 +221,14 @@ class _Writer:
         if unit.mask is None:
             return
         if "mask" not in self.streams:
-            self.streams["mask"] = open(self.folder / "mask.bin", "wb")
+            self.streams["mask"] = self._open("mask")
         self.streams["mask"].seek(self.tokens)  # what was skipped reads as zeros
         self.streams["mask"].write(unit.mask.data)
         self.masked += int(unit.mask.sum())
-        self.content.update(self.tokens.to_bytes(8, "little") + unit.mask.tobytes())
+        self.content["masked"].update((self.tokens + np.flatnonzero(unit.mask)).astype("<i8").data)
+
+    def _content_hash(self) -> str:
+        return hashlib.blake2b(b"".join(part.digest() for part in self.content.values()), digest_size=16).hexdigest()
 
     def finish(self, tokenizer: Tokenizer) -> None:
         if "mask" in self.streams:
@@ -237,7 +242,7 @@ class _Writer:
             "tokens": self.tokens,
             "masked_tokens": self.masked,
             "text_bytes": self.text_bytes,
-            "content": self.content.hexdigest(),
+            "content": self._content_hash(),
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "bad": self.bad,

@@ -4,6 +4,7 @@ content.
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Source:
             elif self.kind != "internevo":
                 units.extend(record_files.json_units(path, name, reader))
             else:
-                units.extend(record_files.line_units(path, name, None))
+                units.extend(record_files.internevo_units(path, name))
         return units
 
     def manifest(self) -> str:
@@ -89,6 +90,8 @@ class Source:
 def open_source(name: str, config: SourceConfig) -> Source:
     """Resolve one entry of `data.sources`; ConfigError where there is nothing to read."""
     key = f"data.sources.{name}"
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ConfigError(f"{key}: the name of a source becomes part of a file name; use letters, digits, - . and _")
     if config.kind in MADE:
         if config.part not in MADE[config.kind]:
             raise ConfigError(f"{key}: kind={config.kind} needs part, one of {', '.join(MADE[config.kind])}")

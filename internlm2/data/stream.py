@@ -23,6 +23,7 @@ from internlm2.data.packing import PackingPlan, plan_of
 from internlm2.data.permutation import derive_key, permute
 from internlm2.data.rows import Row, build_row
 from internlm2.data.sources import check_weights
+from internlm2.data.usage import PoolUse
 
 if TYPE_CHECKING:
     from internlm2.data.batch import PackedBatch
@@ -68,20 +69,6 @@ class Pool:
         """[n, 3] segments of the pool's `turn`-th row; each epoch shows every row once, in an order of its own."""
         epoch, place = divmod(turn, self.plan.rows)
         return self.plan.row(permute(place, self.plan.rows, derive_key(self.key, epoch)))
-
-
-@dataclass(frozen=True)
-class PoolUse:
-    """What a number of rows takes from one pool."""
-
-    name: str
-    source: str
-    documents: int
-    tokens_per_epoch: int
-    rows: int
-    tokens: float  # exact for whole epochs, the mean row for the rest
-    share: float  # of all planned tokens
-    epochs: float
 
 
 class TokenStream:

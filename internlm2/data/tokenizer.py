@@ -146,6 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.path = Path(path)
         content = _read_model(self.path)
+        sentencepiece.set_min_log_level(2)  # the official file warns on standard error of its NUL piece
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -228,7 +229,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.no_truncation()
         self.aliases = dict(aliases or {})
-        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
         self.special_ids = _find_markers(self.path, self.aliases, self._model.token_to_id)
         named = self._named_tokens()
         self.bos_id = self._boundary("bos_token", named, ("<s>", "<|begin_of_text|>", "<|endoftext|>"))
