@@ -53,7 +53,9 @@ def folder(part: str) -> Path:
 def manifest(part: str) -> str:
     """Hash of all that the dialogs of a part are made of."""
     texts = stdlib_corpus.topics() if part == "topics" else stdlib_corpus.modules()
-    digest = hashlib.sha256(f"{DERIVATION_VERSION} {stdlib_corpus.SPLIT_SALT} {CHAT_FORMAT} {part}".encode())
+    digest = hashlib.sha256(
+        f"{DERIVATION_VERSION} {stdlib_corpus.SPLIT_SALT} {stdlib_corpus.TOPIC_SALT} {CHAT_FORMAT} {part}".encode()
+    )
     for name, text in sorted(texts.items()):
         digest.update(f"{name}\0{text}\0".encode())
     if part == "questions":
@@ -111,7 +113,7 @@ def _topics() -> Iterator[Document]:
         yield Document(
             name,
             messages=(Message("user", question), Message("assistant", text.strip())),
-            split_key=f"stdlib-{stdlib_corpus.SPLIT_SALT}:topic:{name}",
+            split_key=stdlib_corpus.topic_key(name),
         )
 
 

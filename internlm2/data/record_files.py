@@ -231,9 +231,11 @@ def internevo_units(path: Path, name: str) -> list[LineUnit]:
     return line_units(path, name, None)
 
 
-def json_units(path: Path, name: str, reader: RecordReader) -> list[LineUnit] | list[ArrayUnit]:
+def json_units(path: Path, name: str, reader: RecordReader | str) -> list[LineUnit] | list[ArrayUnit]:
     """Units of a JSON-lines file, or of a `.json` that holds an array (told by its first character; in a `.jsonl` that
-    would be a record)."""
+    would be a record). `reader`: or the key of the text.
+    """
+    reader = TextReader(reader) if isinstance(reader, str) else reader
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
@@ -245,10 +247,12 @@ def json_units(path: Path, name: str, reader: RecordReader) -> list[LineUnit] | 
     return line_units(path, name, reader)
 
 
-def parquet_units(path: Path, name: str, reader: RecordReader) -> list[ParquetUnit] | list[ParquetRowsUnit]:
-    """One unit for each row group; ConfigError where the file is no Parquet or lacks the text column of a
-    `TextReader`.
+def parquet_units(path: Path, name: str, reader: RecordReader | str) -> list[ParquetUnit] | list[ParquetRowsUnit]:
+    """One unit for each row group; ConfigError where the file is no Parquet or lacks the text column of a `TextReader`.
+
+    `reader`: or the name of that column.
     """
+    reader = TextReader(reader) if isinstance(reader, str) else reader
     import pyarrow
     import pyarrow.parquet
 

@@ -98,7 +98,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
         folder = MADE[config.kind][config.part].folder(config.part)
         return Source(name, config.kind, config.part, config.field, (), folder)
     if config.kind not in SUFFIXES:
-        raise ConfigError(f"{key}.kind={config.kind}: must be {', '.join([*MADE, *SUFFIXES])}")
+        raise ConfigError(f"{key}.kind={config.kind}: must be stdlib, {', '.join(SUFFIXES)} or package")
     if config.path is None:
         raise ConfigError(f"{key}: kind={config.kind} needs path: a file, a folder or a pattern such as /data/*.jsonl")
     files, base = _find_files(key, config.path, config.kind)

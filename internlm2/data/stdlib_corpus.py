@@ -76,6 +76,11 @@ def input_bytes(part: str) -> int:
     return total // 6 if part == "docstrings" else total
 
 
+def topic_key(name: str) -> str:
+    """By which a topic of the language reference is held out."""
+    return f"stdlib-topic-{TOPIC_SALT}:{name}"
+
+
 def topics() -> dict[str, str]:
     """Name -> text of each topic of the language reference."""
     from pydoc_data import topics as module
@@ -157,7 +162,7 @@ def _packages() -> Iterator[Document]:
 
 def _prose() -> Iterator[Document]:
     for name, text in sorted(topics().items()):
-        yield Document(name, text=text.strip() + "\n", split_key=f"stdlib-topic-{TOPIC_SALT}:{name}")
+        yield Document(name, text=text.strip() + "\n", split_key=topic_key(name))
 
 
 def _docstrings() -> Iterator[Document]:
