@@ -26,6 +26,7 @@ from internlm2.data.batch import PackedBatch
 from internlm2.engine.base import LossSum
 from internlm2.engine.single import SingleEngine
 from internlm2.model.transformer import CausalLM
+from internlm2.run.throughput import causal_pairs, step_flops
 
 STEPS = 2  # steps in one measurement
 
@@ -41,13 +42,6 @@ def gemm_peak() -> float:
     return 2 * 2048**3 / best
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: 6 for each matrix weight a token meets, and causal attention's 6 x layers x seq_len x heads x head_dim."""
-    counts = model.parameters()
-    matrices = counts["total"] - counts["embedding"] - model.hidden_size * (2 * model.layers + 1)
-    return 6.0 * matrices + 6.0 * model.layers * seq_len * model.heads * model.head_dim
-
-
 def ours(model: ModelConfig, seq_len: int, ids: torch.Tensor) -> Callable[[], float]:
     """A function that trains STEPS steps and returns its seconds."""
     optim = OptimConfig(
@@ -60,6 +54,7 @@ def ours(model: ModelConfig, seq_len: int, ids: torch.Tensor) -> Callable[[], fl
     batch = PackedBatch(
         ids=ids, labels=labels, cu_seqlens=torch.tensor([0, seq_len], dtype=torch.int32), max_seqlen=seq_len,
         sources=torch.zeros(1, dtype=torch.int32), documents=torch.zeros(1, dtype=torch.int64),
+        loss_tokens=seq_len - 1,
     )  # fmt: skip
 
     def loss(network: CausalLM, batch: PackedBatch) -> LossSum:
@@ -124,7 +119,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = load_group(ModelConfig, f"model/{arguments.model}")
     ids = torch.randint(0, model.vocab_size, (arguments.seq_len,), generator=torch.Generator().manual_seed(0))
-    tokens, flops = STEPS * arguments.seq_len, flops_per_token(model, arguments.seq_len)
+    tokens = STEPS * arguments.seq_len
+    flops = step_flops(model, arguments.seq_len, causal_pairs([arguments.seq_len])) / arguments.seq_len  # a token
     sides = {
         "ours": ours(model, arguments.seq_len, ids),
         "transformers Trainer, bf16=True": trainer(model, arguments.seq_len, ids, pure_bf16=False),

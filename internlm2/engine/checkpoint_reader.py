@@ -2,14 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from internlm2.engine.base import KINDS, Engine, Fragment
+from internlm2.engine.base import Engine, Fragment
 from internlm2.engine.checkpoint_format import (
     FORMAT,
     INDEX,
@@ -153,10 +153,15 @@ class CheckpointReader:
             end = fragment.offset + fragment.view.numel()
             self.read(fragment.name, fragment.kind, fragment.offset, end, fragment.view)
 
-    def restore(self, engine: Engine, *, kinds: Sequence[str] = KINDS, after_rollback: bool = False) -> None:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter in full, fp32, on the host, one after the other: for a hand-over or an export."""
+        for name in self.shapes:
+            yield name, self.full(name)
+
+    def restore(self, engine: Engine, *, after_rollback: bool = False) -> None:
         """Weights, moments and the engine's own state into `engine`; shapes are checked before anything is touched."""
         self.check_shapes(engine.shapes())
-        self.load_fragments(engine.fragments(kinds))
+        self.load_fragments(engine.fragments())
         engine.fragments_changed()
         engine.load_state_dict(self.state["engine"], after_rollback=after_rollback)
 

@@ -70,7 +70,7 @@ class StepGuard:
             return f"the gradient norm is {grad_norm}"
         if self.spike_factor is not None and len(self.losses) >= MINIMUM_HISTORY:
             usual = median(self.losses)
-            if loss > self.spike_factor * usual:
+            if loss > self.spike_factor * usual > 0:
                 return (
                     f"the loss {loss:.4g} is above {self.spike_factor:g} times the median {usual:.4g} "
                     f"of the last {len(self.losses)} accepted steps (engine.spike_factor)"

@@ -160,7 +160,17 @@ def _validation(stage: StageSummary) -> list[str]:
     for source, (_, losses) in curves.items():
         known = [loss for loss in losses if loss is not None]
         first, last = (known[0], known[-1]) if known else (math.nan, math.nan)
-        rows.append({"source": source, "first": first, "last": last, "perplexity": math.exp(min(last, 50.0))})
+        measured = stage.last_validation().get(source, {})
+        rows.append(
+            {
+                "source": source,
+                "first loss": first,
+                "last loss": last,
+                "perplexity": math.exp(min(last, 50.0)),
+                "bits per byte": measured.get("bits_per_byte"),
+                "held-out tokens": measured.get("tokens"),
+            }
+        )
     parts = ["<h3>Validation loss by source</h3>"]
     if max(len(steps) for steps, _ in curves.values()) > 1:
         lines = [Series(source, steps, losses) for source, (steps, losses) in curves.items()]
@@ -176,7 +186,7 @@ def _evaluation(stage: StageSummary) -> list[str]:
         wide = len(stage.figures) % 2 == 1 and figure is stage.figures[-1]
         scale = figure.get("x_scale") == "log"
         svg = line_figure(lines, figure["x_label"], figure["y_label"], title=figure["title"], wide=wide, log_x=scale)
-        drawn.append(_figure(svg, figure["title"], wide=wide))
+        drawn.append(_figure(svg, figure["title"] + (f": {figure['note']}" if figure.get("note") else ""), wide=wide))
     return [f'<h3>Evaluation</h3><div class="figures">{"".join(drawn)}</div>'] if drawn else []
 
 

@@ -67,14 +67,18 @@ class StageSummary:
         return sum(values) / len(values) if values else None
 
     def validation(self) -> dict[str, tuple[list[int], list[float | None]]]:
-        """Validation loss by source: {source: (steps, losses)}."""
+        """Validation loss (nats a token) by source: {source: (steps, losses)}."""
         curves: dict[str, tuple[list[int], list[float | None]]] = {}
         for record in self.metrics:
-            for source, loss in (record.get("validation") or {}).items():
+            for source, measured in (record.get("validation") or {}).items():
                 steps, losses = curves.setdefault(source, ([], []))
                 steps.append(record["step"])
-                losses.append(loss)
+                losses.append(measured["loss"])
         return curves
+
+    def last_validation(self) -> dict[str, dict[str, Any]]:
+        """What the last validation measured, by source: loss, bits_per_byte, tokens."""
+        return next((r["validation"] for r in reversed(self.metrics) if r.get("validation")), {})
 
     def not_applied(self) -> list[dict[str, Any]]:
         """Records of steps whose update was refused."""

@@ -77,7 +77,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         return stop.exit_code
     finish(job, tokenizer, corpus, device)
     record_end(directory, step=engine.step, status="finished")
-    write_stage_report(directory)
+    write_stage_report(directory.path)
     return 0
 
 

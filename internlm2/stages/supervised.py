@@ -144,7 +144,7 @@ def describe_step(
         "source_tokens": dict(zip(job.stream.source_names, by_source)),
     }
     if not result.applied:
-        values["not_applied"] = result.reason
+        values |= {"applied": False, "reason": result.reason}
     return values, job.throughput.measure(seconds, tokens, pairs)
 
 

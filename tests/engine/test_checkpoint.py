@@ -87,7 +87,10 @@ def test_files_are_plain_safetensors_with_hashes(tmp_path):
     assert (index["format"], index["world_size"]) == (1, 1)
     digest = subprocess.run(["sha256sum", path / "rank00000.safetensors"], capture_output=True, text=True, check=True)
     assert index["files"]["rank00000.safetensors"]["sha256"] == digest.stdout.split()[0]
-    assert CheckpointReader(path).full("output.weight").shape == (29, 12)
+    engine = make_engine()
+    restore_newest(engine, tmp_path)
+    assert all(torch.equal(w, engine.model.get_parameter(name)) for name, w in CheckpointReader(path).weights())
+    assert [name for name, _ in CheckpointReader(path).weights()] == list(engine.shapes())
 
 
 @dataclass
@@ -263,6 +266,13 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, kind, value):
     assert find_newest(tmp_path) == (tmp_path / "step_00000002", [])
 
 
+def test_large_but_finite_state_is_saved(tmp_path):
+    engine = make_engine()
+    next(engine.fragments(["weight"])).view[:5] = 3e38  # its norm overflows fp32
+    CheckpointWriter(tmp_path, asynchronous=False).save(engine, {})
+    assert steps_in(tmp_path) == [0]
+
+
 def test_disk_full_in_the_thread(tmp_path, monkeypatch):
     """Writes go to /dev/full, which answers as a full disk does."""
     save_steps(tmp_path, [2])
@@ -365,6 +375,20 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, damage)
     assert len(skipped) == 1
     assert reason in skipped[0]
     assert str(tmp_path / "step_00000004") in skipped[0]
+
+
+def test_ranks_share_the_hashing_and_agree(tmp_path):
+    save_steps(tmp_path, [2, 4])
+    damage_flip(tmp_path / "step_00000004")
+    faults = [find_fault(tmp_path / "step_00000004", rank=rank, world_size=2) for rank in range(2)]
+    assert [fault is None for fault in faults].count(False) == 1, "one rank hashes the damaged file"
+    blind = faults.index(None)
+    others = iter([1.0, 0.0])  # what the other rank reports for step 4 and step 2
+    path, skipped = find_newest(
+        tmp_path, rank=blind, world_size=2, reduce_sum=lambda values: [values[0] + next(others)]
+    )
+    assert path == tmp_path / "step_00000002"
+    assert "another rank found a fault" in skipped[0]
 
 
 def test_nothing_to_restore_leaves_the_engine_alone(tmp_path):

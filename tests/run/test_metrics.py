@@ -14,7 +14,7 @@ OFF = WandbConfig(mode="disabled", project="internlm2")
 
 def fill(metrics: Metrics, steps) -> None:
     for step in steps:
-        metrics.record(step, {"loss": 1 / step, "validation": {"code": step / 3}}, {"seconds": 0.1})
+        metrics.record(step, {"loss": 1 / step, "validation": {"code": {"loss": step / 3}}}, {"seconds": 0.1})
 
 
 def test_a_resume_leaves_the_file_of_an_uninterrupted_run(tmp_path):

@@ -62,7 +62,7 @@ def make_stage(path, steps=1500, *, extras=True, finished=True) -> RunDirectory:
         if step == 10:
             values |= {"loss": math.nan, "grad_norm": math.nan, "applied": False, "reason": "the loss is nan"}
         if step % 500 == 0:
-            values["validation"] = {"code": 3.0 - step / 1500, "prose": 4.0}
+            values["validation"] = {"code": {"loss": 3.0 - step / 1500}, "prose": {"loss": 4.0}}
         timing = {"seconds": 2.0, "tokens": 4096, "tokens_per_second": 2048.0, "mfu": 0.25, "memory_bytes": 1 << 30}
         metrics.record(step, values, timing)
     metrics.close()
