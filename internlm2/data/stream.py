@@ -176,7 +176,14 @@ class TokenStream:
                 f"train.seq_len={self.seq_len} is longer than all training text together ({total:,} tokens in "
                 f"{', '.join(weights)}): use more data or a shorter length."
             )
-        pools = []
+        empty = [source for source, values in lengths.items() if not len(values)]
+        if empty:
+            raise ConfigError(
+                f"data.sources.{empty[0]} has no document to train on: data.validation_fraction="
+                f"{self.corpus.validation_fraction} holds all of them out. Lower it, or leave the source "
+                "out of data.weights."
+            )
+        pools: list[Pool] = []
         bucket_total = sum(weight for weight, _, _ in bounds)
         for weight, low, high in bounds:
             chosen = {source: (values >= low) & (values < (high or np.inf)) for source, values in lengths.items()}
@@ -195,6 +202,8 @@ class TokenStream:
                         source, low, high, share, documents[source][chosen[source]], lengths[source][chosen[source]]
                     )
                 )
+        for source in weights.keys() - {pool.source for pool in pools}:
+            logger.warning("%s has a weight, but none of its documents falls into data.length_buckets", source)
         return pools
 
     def _make_pool(
