@@ -20,8 +20,8 @@ _LIBRARY.define(f"rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor ou
 # q [B, H, D], caches [B, G, L, D], lengths [B] -> [B, H, D]; no gradient
 _LIBRARY.define("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor")
 
-# weight [N, K] float -> packed uint8 [tiles, groups, 256 * bits], scales bfloat16 [tiles, groups, 16], zeros uint8 of the same
-# shape (empty if symmetric); tiles of 16 output features, groups of 128 inputs. csrc/common/quantized.h gives the layout.
+# weight [N, K] -> packed uint8 [tiles, groups, 256 * bits], scales bfloat16 [tiles, groups, 16], zeros uint8 likewise
+# (empty if symmetric); tiles of 16 outputs, groups of 128 inputs. csrc/common/quantized.h gives the layout.
 _LIBRARY.define(
     "quantize_weight(Tensor weight, int bits, bool symmetric) -> (Tensor packed, Tensor scales, Tensor zeros)"
 )
