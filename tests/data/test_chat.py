@@ -22,6 +22,7 @@ from internlm2.data.chat import (
 from internlm2.data.tokenizer import MARKERS, load_tokenizer
 from internlm2.data.tokenizer_training import train_model
 from internlm2.model.chat_template import CHAT_TEMPLATE
+from internlm2.model.tokenizer_export import export_tokenizer
 
 WEATHER = '{"name": "get_weather", "parameters": {"city": "Shanghai"}}'
 TOOL_CHAT = [
@@ -248,3 +249,26 @@ def test_impossible_messages_are_refused():
         Message("user", "a", actions=(Action("plugin", "{}"),))
     with pytest.raises(ChatError, match="one line of text"):
         Message("user", "a", name="two\nlines")
+
+
+@pytest.mark.parametrize("chat", [TOOL_CHAT, INTERPRETER_CHAT])
+def test_export_gives_the_same_ids_in_transformers(official, tmp_path, chat):
+    """The real vocabulary, exported, read by transformers: its apply_chat_template against ours, markers one id
+    each.
+    """
+    transformers = pytest.importorskip("transformers")
+    export_tokenizer(official.path, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(as_template_input(chat), add_generation_prompt=True)["input_ids"]
+    assert ids == render(chat, official, generation_prompt=True).ids
+    assert theirs.decode(ids) == render_text(chat, generation_prompt=True)
+    released = {"<|im_start|>": 92543, "<|im_end|>": 92542, "<|action_start|>": 92541, "<|action_end|>": 92540}
+    counts = {name: ids.count(token) for name, token in released.items()}
+    assert counts == {
+        "<|im_start|>": len(chat) + 1,
+        "<|im_end|>": len(chat),
+        "<|action_start|>": 1,
+        "<|action_end|>": 1,
+    }
+    assert ids.count(92539 if chat is INTERPRETER_CHAT else 92538) == 3
+    assert ids.count(1) == 1
