@@ -122,6 +122,18 @@ class DataConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Low-rank adapters on a frozen model; kind=none trains all weights. `bits` belongs to kind=qlora."""
+
+    kind: str = _key(choices=("none", "lora", "qlora"))
+    rank: int = _key(minimum=1)
+    alpha: float = _key(minimum=0.0)
+    dropout: float = _key(minimum=0.0, maximum=0.99)
+    targets: list[str] = MISSING
+    bits: int = _key(minimum=4, maximum=8)
+
+
+@dataclass
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -228,6 +240,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
