@@ -1,7 +1,7 @@
 """The typed, closed schema of conf/: types, bounds and choices. Values, comments and defaults stand in the YAML files.
 
-No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong
-config must fail within a second or two.
+No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong config
+must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
@@ -11,17 +11,13 @@ from omegaconf import MISSING
 
 
 def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or a closed set of choices; `internlm2.config.checks` enforces
-    them.
-    """
+    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
     return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
 
 
 @dataclass
 class RopeScalingConfig:
-    """Extrapolation beyond `max_position_embeddings` at inference (the released chat models use dynamic NTK, factor 2
-    or 3).
-    """
+    """Extrapolation beyond `max_position_embeddings`; the released chat models use dynamic NTK, factor 2 or 3."""
 
     kind: str = _key(choices=("none", "linear", "dynamic"))
     factor: float = _key(minimum=1.0)
@@ -175,6 +171,16 @@ class TrainConfig:
     micro_batch: int = _key(minimum=1)
     steps: int | None = _key(minimum=1)
     tokens: int | None = _key(minimum=1)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of seq_len tokens in one optimizer step, over all ranks and micro-batches."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.steps or max(1, (self.tokens or 0) // self.batch_tokens)
 
 
 @dataclass

@@ -31,7 +31,8 @@ def command(place, share, *more):
         "data.sources.questions.kind=conversations", f"data.sources.questions.path={place}/chats.jsonl",
         "data.sources.topics.kind=text", f"data.sources.topics.path={place}/plain.txt",
         "data.sources.questions.part=null", "data.sources.topics.part=null", "data.validation_fraction=0",
-        f"data.weights.sft={{questions: {share}, topics: {1 - share}, functions: 0}}", *more,
+        f"data.weights.sft.questions={share}", f"data.weights.sft.topics={1 - share}", "data.weights.sft.functions=0",
+        *more,
     ]  # fmt: skip
 
 

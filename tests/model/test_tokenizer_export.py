@@ -1,6 +1,5 @@
 """tokenizer.json against SentencePiece's own ids, with the real InternLM2 file and one trained here."""
 
-import io
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from internlm2.config import ConfigError
 from internlm2.model.tokenizer_export import convert_sentencepiece, export_tokenizer, find_markers
+from tests.model.trained_tokenizer import train
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -25,21 +25,6 @@ TEXTS = [
     "a\u2581b literally, \\n and \r\n",
     "don't x_y-z CamelCase ÄÖÜß ñ Ж ع ह",
 ]
-
-
-def train(path, **options):
-    buffer = io.BytesIO()
-    text = [
-        line for _ in range(3) for line in ("def add(a, b): return a + b", "the cat sat on the mat", "大模型 书生") * 5
-    ]
-    defaults = {
-        "model_type": "bpe", "vocab_size": 310, "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "add_dummy_prefix": False, "hard_vocab_limit": False, "num_threads": 1,
-        "user_defined_symbols": ["<|im_start|>", "<|im_end|>"], "minloglevel": 2,
-    }  # fmt: skip
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=buffer, **defaults | options)
-    path.write_bytes(buffer.getvalue())
-    return path
 
 
 @pytest.fixture(scope="module")
