@@ -74,11 +74,19 @@ class TokenizerConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib, `field` to kind=jsonl and parquet."""
+    """One source of documents. `part` belongs to kind=stdlib and package, `field` to kind=jsonl and parquet, `format`
+    to kind=conversations.
+    """
 
-    kind: str = field(default=MISSING, metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo")})
+    kind: str = field(
+        default=MISSING,
+        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package")},
+    )
     path: str | None = None
-    part: str | None = field(default=None, metadata={"choices": ("code", "packages", "prose", "docstrings")})
+    part: str | None = None
+    format: str = field(
+        default="auto", metadata={"choices": ("auto", "openai", "sharegpt", "alpaca", "xtuner", "pairs")}
+    )
     field: str = "text"
 
 
@@ -101,11 +109,24 @@ class DataConfig:
     weights: dict[str, dict[str, float]] = MISSING
     length_buckets: list[LengthBucketConfig] = MISSING
     packing: str = _key(choices=("concatenate", "best_fit"))
+    long_conversations: str = _key(choices=("split", "cut", "drop"))
     validation_fraction: float = _key(minimum=0.0, maximum=0.5)
     cache_dir: str = MISSING
     workers: int | None = _key(minimum=1)
     strict: bool = MISSING
     on_change: str = _key(choices=("refuse", "accept"))
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters on a frozen model; kind=none trains all weights. `bits` belongs to kind=qlora."""
+
+    kind: str = _key(choices=("none", "lora", "qlora"))
+    rank: int = _key(minimum=1)
+    alpha: float = _key(minimum=0.0)
+    dropout: float = _key(minimum=0.0, maximum=0.99)
+    targets: list[str] = MISSING
+    bits: int = _key(minimum=4, maximum=8)
 
 
 @dataclass
@@ -225,6 +246,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
