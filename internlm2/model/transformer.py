@@ -1,0 +1,278 @@
+"""InternLM2 (report 2.2): a LLaMA-style decoder with one fused, grouped projection for queries, keys and values.
+
+T tokens of all packed sequences, n sequences, C hidden size, G kv heads, R queries per kv head, H = G * R heads,
+D head dim, V vocabulary, B rows of a cache. Pre-norm, no bias anywhere. Parameter names are those of the released
+files.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internlm2.config import ConfigError, ModelConfig
+from internlm2.model.cache import KVCache
+from internlm2.model.embedding import Embedding
+from internlm2.model.feed_forward import FeedForward
+from internlm2.model.initialization import initialize
+from internlm2.model.loss import cross_entropy_sum, token_cross_entropy
+from internlm2.model.norm import RMSNorm
+from internlm2.model.rope import RopeTables
+from internlm2.ops import Linear, decode_attention, rope_attention
+from internlm2.ops.reference import rotate, table_rows
+
+
+@dataclass
+class Packing:
+    """Where the sequences of one packed row lie, and the rotation of each position."""
+
+    cu_seqlens: Tensor  # [n + 1] int32
+    max_seqlen: int
+    cos: Tensor  # [P, D // 2] float32
+    sin: Tensor
+    table_offsets: Tensor | None  # [n] int32
+    backend: str
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. wqkv's rows are, for each kv head, R query heads, then the key, then the value."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.groups, self.slots, self.head_dim = config.kv_heads, config.q_per_kv + 2, config.head_dim
+        self.wqkv = Linear(config.hidden_size, self.groups * self.slots * self.head_dim, bias=False)
+        self.wo = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        return self._attend(self._project(x), packing)
+
+    def _attend(self, qkv: Tensor, packing: Packing) -> Tensor:
+        out = rope_attention(
+            qkv,
+            packing.cos,
+            packing.sin,
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            table_offsets=packing.table_offsets,
+            backend=packing.backend,
+        )
+        return self.wo(out.flatten(1))
+
+    def prefill(
+        self, x: Tensor, packing: Packing, cache: KVCache, layer: int, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        qkv = self._project(x)
+        at = table_rows(packing.cu_seqlens, packing.table_offsets, len(x))
+        keys = rotate(qkv[:, :, -2], packing.cos[at], packing.sin[at]).to(qkv.dtype)
+        cache.fill(layer, rows, positions, keys, qkv[:, :, -1])
+        return self._attend(qkv, packing)
+
+    def decode(self, x: Tensor, cache: KVCache, layer: int, backend: str) -> Tensor:
+        qkv = self._project(x)  # [B, G, R + 2, D]
+        positions, at = cache.positions()
+        rotated = rotate(qkv[:, :, :-1].flatten(1, 2), cache.cos[at], cache.sin[at]).to(qkv.dtype)
+        rotated = rotated.view(len(x), self.groups, self.slots - 1, self.head_dim)
+        rows = torch.arange(len(x), device=x.device)
+        cache.fill(layer, rows, positions, rotated[:, :, -1], qkv[:, :, -1])
+        out = decode_attention(
+            rotated[:, :, :-1].flatten(1, 2),
+            cache.keys[layer],
+            cache.values[layer],
+            cache.lengths + 1,
+            backend=backend,
+        )
+        return self.wo(out.flatten(1))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), packing)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def prefill(
+        self, x: Tensor, packing: Packing, cache: KVCache, layer: int, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        x = x + self.attention.prefill(self.attention_norm(x), packing, cache, layer, rows, positions)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def decode(self, x: Tensor, cache: KVCache, layer: int, backend: str) -> Tensor:
+        x = x + self.attention.decode(self.attention_norm(x), cache, layer, backend)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class InternLM2(nn.Module):
+    """The backbone: token ids to normalised hidden states. Heads (LM, reward, value) are modules of their own.
+
+    attention  backend of `rope_attention`: auto, native, flash_attn, torch_varlen, sdpa or reference
+    recompute  none, or full: keep each layer's input alone and run the layer again in the backward pass
+    """
+
+    def __init__(self, config: ModelConfig, *, attention: str = "auto", recompute: str = "none"):
+        super().__init__()
+        if config.heads % config.kv_heads:
+            raise ConfigError(
+                f"model.kv_heads={config.kv_heads} must divide model.heads={config.heads}: "
+                "each kv head serves equally many query heads."
+            )
+        if recompute not in ("none", "full"):
+            raise ConfigError(f"recompute must be none or full, got {recompute!r}.")
+        self.config, self.backend, self.recompute = config, attention, recompute
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rope = RopeTables(config)
+
+    def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        """Packed sequences ids [T] int64, cu_seqlens [n + 1] int32 -> hidden [T, C], after the final norm.
+
+        Positions start at 0 in each sequence and attention stays inside it. `max_seqlen` saves a look at cu_seqlens,
+        which on a GPU would stall the stream.
+        """
+        packing = self.packing(cu_seqlens, max_seqlen)
+        x = self.tok_embeddings(ids)
+        for layer in self.layers:
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(layer, x, packing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, packing)
+        return self.norm(x)
+
+    def packing(self, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Packing:
+        """The rotation tables and bounds that every layer shares."""
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        if self.rope.length_matters and max_seqlen > self.config.max_position_embeddings:
+            cos, sin, offsets = self.rope.tables(cu_seqlens.diff().tolist(), cu_seqlens.device)
+        else:
+            (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
+        return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
+
+    def new_cache(self, limits: list[int]) -> KVCache:
+        """An empty cache whose row b can grow to limits[b] tokens."""
+        weight: Tensor = self.tok_embeddings.weight
+        return KVCache(self.config, self.rope, limits, weight.device, weight.dtype)
+
+    def _blocks(self) -> Iterator[Layer]:
+        return (layer for layer in self.layers if isinstance(layer, Layer))
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
+        """Read one packed prompt for each row of an empty cache -> hidden [T, C]; row b is sequence b of cu_seqlens."""
+        lengths = cu_seqlens.diff()
+        if len(lengths) != cache.rows or bool(cache.lengths.any()):
+            raise ValueError(
+                f"prefill needs an empty cache with one row a prompt: {len(lengths)} prompts, {cache.rows} rows."
+            )
+        longest = int(lengths.max())
+        if longest > cache.keys[0].shape[2]:
+            raise ValueError(f"the longest prompt has {longest} tokens, the cache holds {cache.keys[0].shape[2]}.")
+        packing = Packing(cu_seqlens, longest, cache.cos, cache.sin, cache.table_offsets, self.backend)
+        rows = torch.arange(cache.rows, device=ids.device).repeat_interleave(lengths.long(), output_size=len(ids))
+        positions = table_rows(cu_seqlens, None, len(ids))
+        x = self.tok_embeddings(ids)
+        for index, layer in enumerate(self._blocks()):
+            x = layer.prefill(x, packing, cache, index, rows, positions)
+        cache.lengths = lengths.to(cache.lengths)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """One more token for each row, ids [B] int64 -> hidden [B, C]; the cache grows by one."""
+        x = self.tok_embeddings(ids)
+        for index, layer in enumerate(self._blocks()):
+            x = layer.decode(x, cache, index, self.backend)
+        cache.lengths = cache.lengths + 1
+        return self.norm(x)
+
+
+class LMHead(Linear):
+    """Hidden states to logits, or straight to the loss.
+
+    One forward for both, so that engines that gather weights see it.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(hidden) if labels is None else cross_entropy_sum(hidden, self.weight, labels)
+
+
+class CausalLM(nn.Module):
+    """The language model. With tied embeddings there is no `output`: tok_embeddings serves as the output matrix."""
+
+    def __init__(self, config: ModelConfig, *, attention: str = "auto", recompute: str = "none"):
+        super().__init__()
+        self.config = config
+        self.model = InternLM2(config, attention=attention, recompute=recompute)
+        self.output = None if config.tie_embeddings else LMHead(config)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attention: str = "auto",
+        recompute: str = "none",
+        seed: int | None = 0,
+    ) -> "CausalLM":
+        """A new model. `seed=None` leaves the memory as it comes, for weights that are loaded next.
+
+        On device="meta" nothing is allocated: shapes, names and counts only.
+        """
+        with torch.device("meta"):
+            model = cls(config, attention=attention, recompute=recompute)
+        model = model.to(dtype)
+        if torch.device(device).type == "meta":
+            return model
+        model.to_empty(device=device)
+        if seed is not None:
+            initialize(model, config, seed)
+        return model
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output matrix [V, C]."""
+        return self.model.tok_embeddings.weight if self.output is None else self.output.weight
+
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits [T, V]; with `labels` [T] int64 the summed loss instead, and no logits in memory at once."""
+        return self.head(self.model(ids, cu_seqlens, max_seqlen), labels)
+
+    def head(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """hidden [..., C] -> logits [..., V], or the summed loss (float32 scalar) where labels are given."""
+        if self.output is not None:
+            return self.output(hidden, labels)
+        weight = self.model.tok_embeddings.weight
+        return hidden @ weight.t() if labels is None else cross_entropy_sum(hidden, weight, labels)
+
+    def loss(
+        self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy (nats, float32 scalar) and the number of labels that count (int64 scalar).
+
+        labels[t] is the target of position t, shifted already; -100 is no target.
+        """
+        return self(ids, cu_seqlens, max_seqlen, labels), (labels >= 0).sum()
+
+    def token_losses(self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        """Cross entropy of each position, [T] float32, 0 where the label is -100. Gradient flows."""
+        return token_cross_entropy(self.model(ids, cu_seqlens, max_seqlen), self.output_weight, labels)
