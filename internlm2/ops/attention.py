@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from internlm2.ops import backends, reference
+from internlm2.ops import backends, native, reference
 
 BACKENDS = ("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference")
 
@@ -60,8 +60,9 @@ def decode_attention(
     caches   [B, G, L, D] with rotated keys; any strides as long as D is contiguous
     lengths  [B] int32, valid entries of each row
 
-    Returns [B, H, D] in q's dtype; a row of length 0 gives zeros. As backends, flash_attn and torch_varlen stand for
-    "the best on this device" here: neither takes this cache layout.
+    Returns [B, H, D] in q's dtype; a row of length 0 gives zeros. Cache entries past a row's length are never used, but
+    sdpa needs them finite (torch multiplies them by 0), so allocate caches with zeros. As backends, flash_attn and
+    torch_varlen stand for "the best on this device" here: neither takes this cache layout.
     """
     _check_decode_attention(q, k_cache, v_cache, lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -98,7 +99,7 @@ def describe_backend(device: torch.device | str, dtype: torch.dtype, head_dim: i
 
 def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if name == "native":
-        return "internlm2's kernels are not built"
+        return native.missing(device, dtype, head_dim)
     if name == "flash_attn":
         too_wide = "flash-attn takes head_dim up to 256" if head_dim > 256 else None
         return too_wide or backends.flash_attn_missing(device, dtype)
@@ -108,12 +109,17 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 _ROPE_ATTENTION = {
+    "native": native.rope_attention,
     "flash_attn": backends.flash_attn_rope_attention,
     "torch_varlen": backends.torch_varlen_rope_attention,
     "sdpa": backends.sdpa_rope_attention,
     "reference": reference.rope_attention,
 }
-_DECODE_ATTENTION = {"sdpa": backends.sdpa_decode_attention, "reference": reference.decode_attention}
+_DECODE_ATTENTION = {
+    "native": native.decode_attention,
+    "sdpa": backends.sdpa_decode_attention,
+    "reference": reference.decode_attention,
+}
 
 
 def _check_rope_attention(

@@ -1,0 +1,46 @@
+// What the operators hand to the kernels: plain structs, no torch, the same for every instruction set.
+// T tokens, G kv heads ("groups"), R queries per kv head, H = G * R heads, D head dim. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace internlm2 {
+
+enum class Dtype { bfloat16, float32 };
+
+// Runs body(context, i) for every i in [0, items) on torch's threads, handing out items one by one. Each item writes its
+// own part of the result, so the values do not depend on which thread takes which item.
+using Parallel = void (*)(int64_t items, void* context, void (*body)(void* context, int64_t item));
+
+struct RopeAttention {
+  Dtype dtype;
+  const void* qkv;  // [T, G, R + 2, D], D contiguous
+  int64_t token_stride, group_stride, slot_stride;
+  const float* cos;  // [P, D / 2], and sin: angle tables
+  const float* sin;
+  const int32_t* cu_seqlens;     // [sequences + 1]
+  const int32_t* table_offsets;  // [sequences] or null
+  int64_t sequences, tokens, groups, queries, dim;
+  float scale;
+  void* out;   // [T, H, D]; read by the backward pass
+  float* lse;  // [H, T] log of the sum of exponentials, natural base
+  const void* grad_out;  // [T, H, D]
+  void* grad_qkv;        // [T, G, R + 2, D]
+  int threads;
+  Parallel parallel;
+};
+
+struct DecodeAttention {
+  Dtype dtype;
+  const void* q;        // [B, H, D]
+  const void* k_cache;  // [B, G, L, D], D contiguous
+  const void* v_cache;
+  int64_t k_stride[3], v_stride[3];  // of B, G, L
+  const int32_t* lengths;            // [B]
+  int64_t batch, groups, queries, dim, capacity;
+  float scale;
+  void* out;  // [B, H, D]
+  Parallel parallel;
+};
+
+}  // namespace internlm2

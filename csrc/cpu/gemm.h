@@ -1,0 +1,101 @@
+// Small matrix products on packed blocks that stay in cache: C [M, N] float32 (+)= A [M, depth] x B [depth, N].
+// A is row-major; B has one 32-bit lane a column: a float, or the bfloat16 of two successive depths ("pairs").
+// So one loop nest serves both engines: load lanes of B, broadcast a lane of A, multiply and add.
+#pragma once
+
+#include "simd.h"
+
+namespace internlm2::INTERNLM2_ISA {
+
+struct Float32Engine {
+  using Element = float;
+  static constexpr int PER_LANE = 1;
+  static inline Floats multiply_add(Floats c, Words b, Lane a) { return c + (Floats)b * (Floats)splat_lane(a); }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Engine {
+  using Element = bfloat16;
+  static constexpr int PER_LANE = 2;
+  static inline Floats multiply_add(Floats c, Words b, Lane a) {
+    return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)splat_lane(a));
+  }
+};
+#endif
+
+// 24 accumulators of the 32 registers with AVX-512, 12 of 16 elsewhere.
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_VECTORS = WIDTH == 16 ? 4 : 2;
+constexpr int PANEL = TILE_VECTORS * WIDTH;
+
+template <class Engine, int ROWS, int VECTORS, bool ACCUMULATE>
+static inline void tile(const Lane* A, int64_t lda, const Lane* B, int64_t ldb, int64_t depth, float* C, int64_t ldc) {
+  Floats c[ROWS][VECTORS];
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < VECTORS; n++) c[m][n] = ACCUMULATE ? load<Floats>(C + m * ldc + n * WIDTH) : Floats{};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; k++) {
+    Words b[VECTORS];
+    for (int n = 0; n < VECTORS; n++) b[n] = load<Words>(B + k * ldb + n * WIDTH);
+    for (int m = 0; m < ROWS; m++) {
+      Lane a = A[m * lda + k];
+      for (int n = 0; n < VECTORS; n++) c[m][n] = Engine::multiply_add(c[m][n], b[n], a);
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < VECTORS; n++) store(C + m * ldc + n * WIDTH, c[m][n]);
+}
+
+template <class Engine, int VECTORS, bool ACCUMULATE>
+static inline void column(
+    const Lane* A, int64_t lda, const Lane* B, int64_t ldb, int64_t depth, float* C, int64_t ldc, int64_t rows) {
+  int64_t m = 0;
+  for (; m + 6 <= rows; m += 6) tile<Engine, 6, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
+  for (; m + 2 <= rows; m += 2) tile<Engine, 2, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
+  if (m < rows) tile<Engine, 1, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
+}
+
+// lda, ldb and depth count lanes; columns is a multiple of WIDTH.
+template <class Engine, bool ACCUMULATE>
+static inline void gemm(const Lane* A, int64_t lda, const Lane* B, int64_t ldb, int64_t depth, float* C, int64_t ldc,
+                        int64_t rows, int64_t columns) {
+  int64_t n = 0;
+  for (; n + PANEL <= columns; n += PANEL)
+    column<Engine, TILE_VECTORS, ACCUMULATE>(A, lda, B + n, ldb, depth, C + n, ldc, rows);
+  for (; n < columns; n += WIDTH) {
+    if constexpr (TILE_VECTORS == 4) {
+      if (n + 2 * WIDTH <= columns) {
+        column<Engine, 2, ACCUMULATE>(A, lda, B + n, ldb, depth, C + n, ldc, rows);
+        n += WIDTH;
+        continue;
+      }
+    }
+    column<Engine, 1, ACCUMULATE>(A, lda, B + n, ldb, depth, C + n, ldc, rows);
+  }
+}
+
+// Rows of elements as the B operand whose depth is the row: two bfloat16 rows interleave into lanes, floats are lanes.
+static inline void pair_rows(const float* first, const float*, int64_t n, Lane* y) { std::memcpy(y, first, n * 4); }
+static inline void pair_rows(const bfloat16* first, const bfloat16* second, int64_t n, Lane* y) {
+  for (int64_t i = 0; i < n; i += WIDTH) {
+    Words low = __builtin_convertvector(load<Shorts>(first + i), Words);
+    Words high = __builtin_convertvector(load<Shorts>(second + i), Words);
+    store(y + i, low | (high << 16));
+  }
+}
+template <class Engine>
+static inline void pack_depth_rows(
+    const typename Engine::Element* x, int64_t ldx, int64_t rows, int64_t columns, Lane* y, int64_t ldy) {
+  constexpr int P = Engine::PER_LANE;
+  for (int64_t i = 0; i < rows; i += P) pair_rows(x + i * ldx, x + (i + P - 1) * ldx, columns, y + i / P * ldy);
+}
+
+// Rows of elements transposed as the B operand whose depth is the column.
+template <class Engine>
+static inline void pack_depth_columns(
+    const typename Engine::Element* x, int64_t ldx, int64_t rows, int64_t columns, Lane* y, int64_t ldy) {
+  constexpr int P = Engine::PER_LANE;
+  transpose(reinterpret_cast<const Lane*>(x), ldx / P, rows, columns / P, y, ldy);
+}
+
+}  // namespace internlm2::INTERNLM2_ISA

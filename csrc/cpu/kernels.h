@@ -1,0 +1,18 @@
+// One table of kernels for each instruction set, and the choice among them at run time.
+#pragma once
+
+#include "../common/arguments.h"
+
+namespace internlm2 {
+
+struct Kernels {
+  const char* name;
+  void (*rope_attention_forward)(const RopeAttention&);
+  void (*rope_attention_backward)(const RopeAttention&);
+  void (*decode_attention)(const DecodeAttention&);
+};
+
+// The widest table that this processor runs; INTERNLM2_CPU_ISA names another one (tests run them all).
+const Kernels& kernels();
+
+}  // namespace internlm2

@@ -1,0 +1,67 @@
+"""The compiled operators as torch sees them: schema, shape function and gradient of each, for every device alike.
+
+csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp implement them under the CPU and CUDA dispatch keys. Call them through
+the functions of `internlm2.ops`, which check arguments and fall back on plain PyTorch where nothing is compiled.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("internlm2", "DEF")
+_TABLE = "Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor? table_offsets, int max_seqlen, float scale"
+
+# qkv [T, G, R + 2, D] -> out [T, G * R, D], lse [G * R, T] float32 (natural log)
+_LIBRARY.define(f"rope_attention_forward(Tensor qkv, {_TABLE}) -> (Tensor out, Tensor lse)")
+# -> gradient to qkv, contiguous
+_LIBRARY.define(f"rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_TABLE}) -> Tensor")
+
+# q [B, H, D], caches [B, G, L, D], lengths [B] -> [B, H, D]; no gradient
+_LIBRARY.define("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor")
+
+
+@torch.library.register_fake("internlm2::rope_attention_forward")
+def _rope_attention_forward(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    table_offsets: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    tokens, groups, slots, dim = qkv.shape
+    heads = groups * (slots - 2)
+    return qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@torch.library.register_fake("internlm2::rope_attention_backward")
+def _rope_attention_backward(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.register_fake("internlm2::decode_attention")
+def _decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, cu_seqlens, table_offsets, ctx.max_seqlen, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse, cos, sin, cu_seqlens, table_offsets)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
+    qkv, out, lse, *table = ctx.saved_tensors
+    grad_qkv = torch.ops.internlm2.rope_attention_backward(
+        grad_out.contiguous(), qkv, out, lse, *table, ctx.max_seqlen, ctx.scale
+    )
+    return grad_qkv, None, None, None, None, None, None
+
+
+torch.library.register_autograd("internlm2::rope_attention_forward", _backward, setup_context=_save_for_backward)
