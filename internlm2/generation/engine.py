@@ -4,8 +4,8 @@
     for answer in engine.generate(prompts, SamplingParams(temperature=0.8, stop_ids=(2,), n=4)):
         print(answer.prompt, answer.sample, answer.tokens, answer.finish)
 
-A row's tokens are a function of its prompt, its parameters, the seed and its id alone. On CPU that holds bit for bit, in
-float32 and bfloat16: each product, attention and sampling step treats a row alike whatever stands beside it (see
+A row's tokens are a function of its prompt, its parameters, the seed and its id alone. On CPU that holds bit for bit,
+in float32 and bfloat16: each product, attention and sampling step treats a row alike whatever stands beside it (see
 `projections`). On a GPU the matrix library may pick another kernel for another number of rows; rounding then differs,
 and a near-tie between two tokens can fall the other way.
 """
@@ -109,7 +109,7 @@ class Engine:
         self.clear()
 
     def refresh(self) -> None:
-        """Take over the model's weights after a training step. Rows in flight would mix two models: they are dropped."""
+        """Take over the model's weights after a training step. Rows in flight are dropped: they would mix two models."""
         self.clear()
         self.network.refresh()
 
@@ -167,12 +167,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Admit what fits, then one token for every row; an admitted row gets its first token as well."""
-        tokens = self._admit()
-        if self._rows:
-            ids = torch.tensor([row.completion.tokens[-1] for row in self._rows], device=self.network.device)
-            tokens += self._draw(self._rows, self.network.decode(ids, self._cache))
-        return tokens
+        """Waiting prompts that fit are read and get their first token; if there are none, every row gets one more."""
+        chosen = self._admit()
+        if chosen:
+            return self._draw(chosen, torch.cat([row.group.hidden for row in chosen if row.group.hidden is not None]))
+        if not self._rows:
+            return []
+        ids = torch.tensor([row.completion.tokens[-1] for row in self._rows], device=self.network.device)
+        return self._draw(self._rows, self.network.decode(ids, self._cache))
 
     def _submit_all(
         self,
@@ -181,7 +183,9 @@ class Engine:
         row_ids: Sequence[int] | None,
     ) -> list[Completion]:
         if self.busy:
-            raise RuntimeError("the engine still has rows in flight: finish them with step(), or drop them with clear().")
+            raise RuntimeError(
+                "the engine still has rows in flight: finish them with step(), or drop them with clear()."
+            )
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         ids = range(len(prompts)) if row_ids is None else row_ids
         if not len(prompts) == len(each) == len(ids):
@@ -218,8 +222,8 @@ class Engine:
 
     # Admission
 
-    def _admit(self) -> list[Token]:
-        """Give free rows to waiting prompts in their order, read the new prompts, and draw their first tokens."""
+    def _admit(self) -> list[_Row]:
+        """Give free rows to waiting prompts in their order, and read these prompts."""
         chosen = self._choose()
         if not chosen:
             return []
@@ -232,8 +236,7 @@ class Engine:
         self._cache.rotate_by([row.group.limit for row in self._rows])
         self._read(chosen)
         self._mark_prompts(chosen)
-        hidden = torch.cat([row.group.hidden for row in chosen if row.group.hidden is not None])
-        return self._draw(chosen, hidden)
+        return chosen
 
     def _choose(self) -> list[_Row]:
         chosen: list[_Row] = []
@@ -254,7 +257,7 @@ class Engine:
         readers: list[_Row] = []
         copiers: list[_Row] = []
         for row in chosen:
-            # A sample that comes later copies from a sibling that is still running; without one the prompt is read again.
+            # A sample that comes later copies from a running sibling; without one the prompt is read again.
             (copiers if row.group.slots else readers).append(row)
             row.group.slots.append(row)
         start = 0

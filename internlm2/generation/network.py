@@ -1,7 +1,7 @@
 """The network as generation runs it: the model's arithmetic, with weights packed, projections merged and no autograd.
 
-B rows, T packed tokens, C hidden size, G kv heads, R queries per kv head, H = G * R, D head dim, V vocabulary. It rounds
-where `internlm2.model` rounds, so that log-probabilities agree with what training computes.
+B rows, T packed tokens, C hidden size, G kv heads, R queries per kv head, H = G * R, D head dim, V vocabulary. It
+rounds where `internlm2.model` rounds, so that log-probabilities agree with what training computes.
 """
 
 from dataclasses import dataclass

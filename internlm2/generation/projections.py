@@ -1,8 +1,8 @@
 """Linear layers laid out for decoding: few rows, the same weights a thousand times over.
 
 A projection is a function x [M, K] -> [M, N]. On CPU the weights are packed once for oneDNN: F.linear packs bfloat16
-weights anew on each call, which makes it 1.3 to 2.3 times slower at M <= 32 (benchmarks/generate.py --linear). The packed product also has
-a property that F.linear lacks: a row's result does not depend on how many other rows there are, bit for bit.
+weights anew on each call, which makes it 1.2 to 2.3 times slower up to 32 rows. The packed product also has a property
+that F.linear lacks in float32: a row's result does not depend on how many other rows there are, bit for bit.
 """
 
 import functools
@@ -59,7 +59,9 @@ def _quantized(weights: Sequence[Tensor], dtype: torch.dtype, quantize: str) -> 
     try:
         from internlm2.ops import quantize_weight, quantized_linear
     except ImportError:
-        raise ConfigError(f"quantize={quantize} needs internlm2.ops.quantized_linear, which is not built here.") from None
+        raise ConfigError(
+            f"quantize={quantize} needs internlm2.ops.quantized_linear, which is not built here."
+        ) from None
     packed = quantize_weight(_stacked(weights, dtype), bits=8 if quantize == "w8" else 4)
     return lambda x: quantized_linear(x, packed)
 

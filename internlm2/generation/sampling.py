@@ -63,7 +63,8 @@ def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
 
 def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token] of each row, [B] float32."""
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    # log_softmax works row by row; the elementwise passes of logsumexp round by where a row lies in the batch.
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def _draw(logits: Tensor, parameters: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _search(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _from_all(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """By inverting the distribution function over the vocabulary in its own order."""
-    rows, size = probabilities.shape
+    size = probabilities.shape[1]
     whole = size // BLOCK * BLOCK
     sums = probabilities[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float32)
     if whole < size:
@@ -106,7 +107,7 @@ def _from_all(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     inside = probabilities.gather(1, offsets.clamp_max(size - 1)).double().masked_fill_(offsets >= size, 0.0)
     index, _ = _search(inside, uniforms * sums.sum(-1, keepdim=True) - before)
     tokens = block * BLOCK + index
-    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].double().log().float()
 
 
 def _from_most_likely(
@@ -144,7 +145,7 @@ def _from_most_likely(
 def _truncate(values: Tensor, parameters: Sequence[SamplingParams], whole: bool) -> tuple[Tensor, Tensor]:
     """Probabilities [B, K] float64 in falling order -> the same with what is cut off set to 0, and which rows are
     decided: the cut lies inside the K candidates."""
-    device, (rows, width) = values.device, values.shape
+    device, width = values.device, values.shape[1]
     top_k = torch.tensor([row.top_k or (1 << 40) for row in parameters], device=device)[:, None]
     weights = values.masked_fill(torch.arange(width, device=device) >= top_k, 0.0)
     known = top_k <= width  # all that top_k leaves is here
