@@ -22,7 +22,7 @@ register_schema()
 def main(composed: DictConfig) -> None:
     try:
         configs = compose_stages(composed, HydraConfig.get())
-        from internlm2.data.check import check_sources
+        from internlm2.data.sources import check_sources
 
         for config in configs:
             check_sources(config.data)

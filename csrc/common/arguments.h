@@ -40,6 +40,7 @@ struct DecodeAttention {
   int64_t batch, groups, queries, dim, capacity;
   float scale;
   void* out;  // [B, H, D]
+  int threads;
   Parallel parallel;
 };
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -157,9 +158,90 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths
   Tensor out = torch::stable::empty_like(q);
   a.q = q.data_ptr(), a.k_cache = k_cache.data_ptr(), a.v_cache = v_cache.data_ptr(), a.out = out.data_ptr();
   a.scale = (float)scale;
+  a.threads = (int)torch::stable::get_num_threads();
   a.parallel = parallel;
   internlm2::kernels().decode_attention(a);
   return out;
+}
+
+void check_bits(const char* name, int64_t bits) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, name, ": bits must be 4 or 8, got ", bits, ".");
+}
+
+internlm2::QuantizedWeight quantized_weight(const char* name, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
+                                            int64_t bits, int64_t out_features, int64_t in_features) {
+  check_bits(name, bits);
+  internlm2::QuantizedWeight w{nullptr, nullptr, nullptr, bits, out_features, in_features};
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, name, ": the weight must not be empty.");
+  check_plain((std::string(name) + ": packed").c_str(), packed, ScalarType::Byte, "uint8");
+  check_plain((std::string(name) + ": scales").c_str(), scales, ScalarType::BFloat16, "bfloat16");
+  check_plain((std::string(name) + ": zeros").c_str(), zeros, ScalarType::Byte, "uint8");
+  const bool fits = packed.dim() == 3 && packed.size(0) == w.tiles() && packed.size(1) == w.groups() &&
+                    packed.size(2) == internlm2::quantized_bytes(bits) && scales.numel() == w.tiles() * w.groups() * 16 &&
+                    (zeros.numel() == 0 || zeros.numel() == scales.numel());
+  STD_TORCH_CHECK(fits, name, ": packed ", shape(packed), ", scales ", shape(scales), " and zeros ", shape(zeros),
+                  " are not a weight of ", out_features, " x ", in_features, " in ", bits, " bits.");
+  w.packed = static_cast<uint8_t*>(packed.data_ptr());
+  w.scales = static_cast<uint16_t*>(scales.data_ptr());
+  w.zeros = zeros.numel() ? static_cast<uint8_t*>(zeros.data_ptr()) : nullptr;
+  return w;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor weight, int64_t bits, bool symmetric) {
+  check_bits("quantize_weight", bits);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && weight.stride(1) == 1,
+                  "quantize_weight: the weight must be [out_features, in_features] on the CPU with contiguous rows, got ",
+                  shape(weight), ".");
+  internlm2::Quantize a{};
+  a.dtype = float_dtype("quantize_weight: the weight", weight);
+  a.weight = {nullptr, nullptr, nullptr, bits, weight.size(0), weight.size(1)};
+  const int64_t tiles = a.weight.tiles(), groups = a.weight.groups();
+  Tensor packed = torch::stable::new_empty(weight, {tiles, groups, internlm2::quantized_bytes(bits)}, ScalarType::Byte);
+  Tensor scales = torch::stable::new_empty(weight, {tiles, groups, 16}, ScalarType::BFloat16);
+  Tensor zeros = symmetric ? torch::stable::new_empty(weight, {0}, ScalarType::Byte)
+                           : torch::stable::new_empty(weight, {tiles, groups, 16}, ScalarType::Byte);
+  a.weight.packed = static_cast<uint8_t*>(packed.data_ptr());
+  a.weight.scales = static_cast<uint16_t*>(scales.data_ptr());
+  a.weight.zeros = symmetric ? nullptr : static_cast<uint8_t*>(zeros.data_ptr());
+  a.source = weight.data_ptr();
+  a.row_stride = weight.stride(0);
+  a.parallel = parallel;
+  internlm2::kernels().quantize(a);
+  return {packed, scales, zeros};
+}
+
+Tensor dequantize_weight(Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t out_features, int64_t in_features,
+                         bool wide) {
+  internlm2::Quantize a{};
+  a.weight = quantized_weight("dequantize_weight", packed, scales, zeros, bits, out_features, in_features);
+  a.dtype = wide ? Dtype::float32 : Dtype::bfloat16;
+  Tensor target = torch::stable::new_empty(scales, {out_features, in_features}, wide ? ScalarType::Float : ScalarType::BFloat16);
+  a.target = target.data_ptr();
+  a.parallel = parallel;
+  internlm2::kernels().dequantize(a);
+  return target;
+}
+
+Tensor quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t out_features,
+                        int64_t in_features, int64_t act_bits) {
+  internlm2::QuantizedLinear a{};
+  a.weight = quantized_weight("quantized_linear", packed, scales, zeros, bits, out_features, in_features);
+  STD_TORCH_CHECK(act_bits == 8 || act_bits == 16, "quantized_linear: act_bits must be 8 or 16, got ", act_bits, ".");
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
+                  "quantized_linear: x must be a contiguous [..., ", in_features, "] on the CPU, got ", shape(x), ".");
+  a.dtype = float_dtype("quantized_linear: x", x);
+  a.rows = x.numel() / in_features;
+  a.row_stride = in_features;
+  a.act_bits = act_bits;
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() = out_features;
+  Tensor y = torch::stable::new_empty(x, size);
+  a.x = x.data_ptr();
+  a.y = y.data_ptr();
+  a.threads = (int)torch::stable::get_num_threads();
+  a.parallel = parallel;
+  if (a.rows > 0) internlm2::kernels().quantized_linear(a);
+  return y;
 }
 
 }  // namespace
@@ -167,6 +249,9 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
   m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
 }
 

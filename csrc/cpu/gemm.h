@@ -49,10 +49,15 @@ static inline void tile(const Lane* A, int64_t lda, const Lane* B, int64_t ldb, 
 template <class Engine, int VECTORS, bool ACCUMULATE>
 static inline void column(
     const Lane* A, int64_t lda, const Lane* B, int64_t ldb, int64_t depth, float* C, int64_t ldc, int64_t rows) {
-  int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) tile<Engine, 6, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
-  for (; m + 2 <= rows; m += 2) tile<Engine, 2, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
-  if (m < rows) tile<Engine, 1, VECTORS, ACCUMULATE>(A + m * lda, lda, B, ldb, depth, C + m * ldc, ldc);
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, A += TILE_ROWS * lda, C += TILE_ROWS * ldc)
+    tile<Engine, TILE_ROWS, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+  switch (rows) {
+    case 5: return tile<Engine, 5, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+    case 4: return tile<Engine, 4, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+    case 3: return tile<Engine, 3, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+    case 2: return tile<Engine, 2, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+    case 1: return tile<Engine, 1, VECTORS, ACCUMULATE>(A, lda, B, ldb, depth, C, ldc);
+  }
 }
 
 // lda, ldb and depth count lanes; columns is a multiple of WIDTH.

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "decode_attention.h"
+#include "quantized_linear.h"
 #include "rope_attention_backward.h"
 #include "rope_attention_forward.h"
 
@@ -38,9 +39,19 @@ void decode_attention(const DecodeAttention& a) {
     DecodeAttentionKernel<float>(a).run();
 }
 
+void quantize_weight(const Quantize& a) { a.dtype == Dtype::bfloat16 ? quantize<bfloat16>(a) : quantize<float>(a); }
+
+void dequantize_weight(const Quantize& a) { a.dtype == Dtype::bfloat16 ? dequantize<bfloat16>(a) : dequantize<float>(a); }
+
+void linear(const QuantizedLinear& a) {
+  a.dtype == Dtype::bfloat16 ? quantized_linear<bfloat16>(a) : quantized_linear<float>(a);
+}
+
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {INTERNLM2_NAME(INTERNLM2_ISA), rope_attention_forward, rope_attention_backward, decode_attention};
+const Kernels table = {
+    INTERNLM2_NAME(INTERNLM2_ISA), rope_attention_forward, rope_attention_backward, decode_attention,
+    quantize_weight,               dequantize_weight,      linear};
 
 }  // namespace internlm2::INTERNLM2_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/arguments.h"
+#include "../common/quantized.h"
 
 namespace internlm2 {
 
@@ -10,6 +11,9 @@ struct Kernels {
   void (*rope_attention_forward)(const RopeAttention&);
   void (*rope_attention_backward)(const RopeAttention&);
   void (*decode_attention)(const DecodeAttention&);
+  void (*quantize)(const Quantize&);
+  void (*dequantize)(const Quantize&);
+  void (*quantized_linear)(const QuantizedLinear&);
 };
 
 // The widest table that this processor runs; INTERNLM2_CPU_ISA names another one (tests run them all).

@@ -12,7 +12,7 @@ template <class Engine, class T>
 class RopeAttentionBackward {
   using Element = typename Engine::Element;
   static constexpr int P = Engine::PER_LANE;
-  static constexpr int64_t QUERIES = 128, KEYS = 96, DIAGONAL_KEYS = 48;
+  static constexpr int64_t QUERIES = 128, KEYS = 96;
   static constexpr int64_t CHUNK = 768;  // a multiple of QUERIES and KEYS, so that chunks do not move block borders
 
  public:
@@ -101,12 +101,8 @@ class RopeAttentionBackward {
         read_queries(scratch, s, group, r, first, count, padded);
         scratch.query_grad.clear(a.dim * QUERIES);
         const int64_t end = least(k1, first + count);
-        for (int64_t key = k0; key < end;) {
-          const bool diagonal = key + KEYS > first;
-          const int64_t keys = least(diagonal ? DIAGONAL_KEYS : KEYS, end - key);
-          step(scratch, key - k0, keys, key - first, padded, key_side, query_side);
-          key += keys;
-        }
+        for (int64_t key = k0; key < end; key += KEYS)
+          step(scratch, key - k0, least(KEYS, end - key), key - first, padded, key_side, query_side);
         if (query_side) write_queries(scratch, s, group, r, first, count, padded);
       }
     if (key_side) write_keys(scratch, s, group, k0, k1);
@@ -164,25 +160,42 @@ class RopeAttentionBackward {
 
   // `keys` keys from `key` on against the loaded queries; `behind` = first key's position minus first query's.
   void step(Scratch& x, int64_t key, int64_t keys, int64_t behind, int64_t queries, bool key_side, bool query_side) {
-    const int64_t skip = most(0, behind) / 16 * 16;  // these queries come before every key of the block
-    const int64_t columns = queries - skip, padded = round_up(keys, P);
-    gemm<Engine, false>(lanes_of(&x.key[key * a.dim]), lanes, &x.query_columns[skip], QUERIES, lanes, &x.scores[skip],
-                        QUERIES, keys, columns);
-    gemm<Engine, false>(lanes_of(&x.value[key * a.dim]), lanes, &x.grad_columns[skip], QUERIES, lanes,
-                        &x.weight_grads[skip], QUERIES, keys, columns);
-    for (int64_t j = 0; j < keys; j++) differentiate(x, j, behind + j, skip, queries);
-    if (key_side) {
-      gemm<Engine, true>(lanes_of(&x.weights[skip]), QUERIES / P, &x.grad_pairs[skip / P * a.dim], a.dim, columns / P,
-                         &x.value_grad[key * a.dim], a.dim, keys, a.dim);
-      gemm<Engine, true>(lanes_of(&x.score_grads[skip]), QUERIES / P, &x.query_pairs[skip / P * a.dim], a.dim,
-                         columns / P, &x.key_grad[key * a.dim], a.dim, keys, a.dim);
+    const bool diagonal = behind + keys > 1;  // some query does not see some key
+    const int64_t rows = diagonal ? TILE_ROWS : keys;
+    for (int64_t j = 0; j < keys; j += rows)
+      key_products(x, key, j, least(rows, keys - j), behind, queries, key_side);
+    if (!query_side) return;
+    const int64_t padded = round_up(keys, P), skip = hidden_columns(behind);
+    if (padded > keys) std::memset(&x.score_grads[keys * QUERIES], 0, QUERIES * sizeof(Element));
+    pack_depth_rows<Engine>(&x.score_grads[skip], QUERIES, padded, queries - skip, &x.score_pairs[skip], QUERIES);
+    for (int64_t i = skip; i < queries; i += PANEL) {
+      const int64_t columns = least(PANEL, queries - i), depth = least(padded, round_up(i + columns - behind, P));
+      gemm<Engine, true>(lanes_of(&x.key_columns[key]), x.padded_keys / P, &x.score_pairs[i], QUERIES, depth / P,
+                         &x.query_grad[i], QUERIES, a.dim, columns);
     }
-    if (query_side) {
-      if (padded > keys) std::memset(&x.score_grads[keys * QUERIES], 0, QUERIES * sizeof(Element));
-      pack_depth_rows<Engine>(&x.score_grads[skip], QUERIES, padded, columns, &x.score_pairs[skip], QUERIES);
-      gemm<Engine, true>(lanes_of(&x.key_columns[key]), x.padded_keys / P, &x.score_pairs[skip], QUERIES, padded / P,
-                         &x.query_grad[skip], QUERIES, a.dim, columns);
+  }
+  // Queries before a key that stands `behind` the first one do not see it; whole vectors of them are left out.
+  static int64_t hidden_columns(int64_t behind) { return most(0, behind) / 16 * 16; }
+
+  // Rows [j, j + keys) of a block: their P' and dS', and what they add to dV and dK.
+  void key_products(Scratch& x, int64_t key, int64_t j, int64_t keys, int64_t behind, int64_t queries, bool key_side) {
+    const int64_t skip = least(queries, hidden_columns(behind + j)), columns = queries - skip, at = j * QUERIES + skip;
+    const int64_t row = (key + j) * a.dim;
+    if (columns > 0) {
+      gemm<Engine, false>(lanes_of(&x.key[row]), lanes, &x.query_columns[skip], QUERIES, lanes, &x.scores[at], QUERIES,
+                          keys, columns);
+      gemm<Engine, false>(lanes_of(&x.value[row]), lanes, &x.grad_columns[skip], QUERIES, lanes, &x.weight_grads[at],
+                          QUERIES, keys, columns);
     }
+    for (int64_t n = j; n < j + keys; n++) {
+      std::memset(&x.score_grads[n * QUERIES], 0, skip * sizeof(Element));
+      differentiate(x, n, behind + n, skip, queries);
+    }
+    if (!key_side || columns <= 0) return;
+    gemm<Engine, true>(lanes_of(&x.weights[at]), QUERIES / P, &x.grad_pairs[skip / P * a.dim], a.dim, columns / P,
+                       &x.value_grad[row], a.dim, keys, a.dim);
+    gemm<Engine, true>(lanes_of(&x.score_grads[at]), QUERIES / P, &x.query_pairs[skip / P * a.dim], a.dim, columns / P,
+                       &x.key_grad[row], a.dim, keys, a.dim);
   }
   static const Lane* lanes_of(const Element* x) { return reinterpret_cast<const Lane*>(x); }
 

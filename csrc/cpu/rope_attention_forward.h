@@ -118,12 +118,26 @@ class RopeAttentionForward {
   void step(Scratch& scratch, int64_t key, int64_t ahead, int64_t count, int64_t rows) {
     const Lane* query = reinterpret_cast<const Lane*>(scratch.query.get());
     const Lane* weights = reinterpret_cast<const Lane*>(scratch.weights.get());
-    for (int64_t j = 0; j < count; j += PANEL)
-      gemm<Engine, false>(query, lanes, keys.get() + (key + j) * lanes, PANEL, lanes, &scratch.scores[j], KEYS, rows,
-                          least(PANEL, count - j));
+    // What the last query of a tile of rows sees: the rest of the block is left out.
+    const auto seen = [&](int64_t i) { return least(count, most(0, ahead + i / TILE_ROWS * TILE_ROWS + TILE_ROWS)); };
+    for (int64_t j = 0; j < count; j += PANEL) {
+      const Lane* panel = keys.get() + (key + j) * lanes;
+      const int64_t columns = least(PANEL, count - j);
+      // All rows see all of the panel, or it lies on the diagonal.
+      if (seen(0) >= j + columns) {
+        gemm<Engine, false>(query, lanes, panel, PANEL, lanes, &scratch.scores[j], KEYS, rows, columns);
+        continue;
+      }
+      for (int64_t i = 0; i < rows; i += TILE_ROWS)
+        if (seen(i) > j)
+          gemm<Engine, false>(query + i * lanes, lanes, panel, PANEL, lanes, &scratch.scores[i * KEYS + j], KEYS,
+                              TILE_ROWS, least(columns, round_up(seen(i) - j, WIDTH)));
+    }
     for (int64_t i = 0; i < rows; i++) {
-      const float correction = softmax(&scratch.scores[i * KEYS], &scratch.weights[i * KEYS], count, ahead + i + 1,
-                                       scratch.largest[i], scratch.total[i]);
+      if (seen(i) == 0) continue;
+      const float correction = softmax(&scratch.scores[i * KEYS], &scratch.weights[i * KEYS],
+                                       least(count, round_up(seen(i), WIDTH)), ahead + i + 1, scratch.largest[i],
+                                       scratch.total[i]);
       if (correction != 1.f)
         for (int64_t d = 0; d < a.dim; d += WIDTH) {
           float* out = &scratch.out[i * a.dim + d];
@@ -132,11 +146,10 @@ class RopeAttentionForward {
     }
     for (int64_t d = 0; d < a.dim; d += PANEL)
       for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-        const int64_t seen = least(count, ahead + i + TILE_ROWS);
-        if (seen > 0)
-          gemm<Engine, true>(weights + i * KEYS / P, KEYS / P, values.get() + key / P * a.dim + d, a.dim,
-                             (seen + P - 1) / P, &scratch.out[i * a.dim + d], a.dim, TILE_ROWS,
-                             least(PANEL, a.dim - d));
+        const int64_t depth = (seen(i) + P - 1) / P;
+        if (depth > 0)
+          gemm<Engine, true>(weights + i * KEYS / P, KEYS / P, values.get() + key / P * a.dim + d, a.dim, depth,
+                             &scratch.out[i * a.dim + d], a.dim, TILE_ROWS, least(PANEL, a.dim - d));
       }
   }
 

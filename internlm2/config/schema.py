@@ -60,12 +60,16 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    """Where token ids come from: trained in the run, a SentencePiece model, or a Hugging Face tokenizer.json."""
+    """Where token ids come from: trained in the run, a SentencePiece model, or a Hugging Face tokenizer.json.
+
+    `aliases` gives a marker such as `<|reward|>` a spare piece of a vocabulary that has none for it.
+    """
 
     kind: str = _key(choices=("train", "sentencepiece", "huggingface"))
     path: str | None = MISSING
     vocab_size: int | None = _key(minimum=300)
     train_bytes: int = _key(minimum=1)
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

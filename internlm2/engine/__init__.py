@@ -1,0 +1,1 @@
+"""One training step over many ranks: optimizer, schedule, checkpoints."""

@@ -5,8 +5,9 @@ D head dim, V vocabulary, B rows of a cache. Pre-norm, no bias anywhere. Paramet
 files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +167,6 @@ class InternLM2(nn.Module):
         weight: Tensor = self.tok_embeddings.weight
         return KVCache(self.config, self.rope, limits, weight.device, weight.dtype)
 
-    def _blocks(self) -> Iterator[Layer]:
-        return (layer for layer in self.layers if isinstance(layer, Layer))
-
     @torch.no_grad()
     def prefill(self, ids: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
         """Read one packed prompt for each row of an empty cache -> hidden [T, C]; row b is sequence b of cu_seqlens."""
@@ -184,7 +182,7 @@ class InternLM2(nn.Module):
         rows = torch.arange(cache.rows, device=ids.device).repeat_interleave(lengths.long(), output_size=len(ids))
         positions = table_rows(cu_seqlens, None, len(ids))
         x = self.tok_embeddings(ids)
-        for index, layer in enumerate(self._blocks()):
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             x = layer.prefill(x, packing, cache, index, rows, positions)
         cache.lengths = lengths.to(cache.lengths)
         return self.norm(x)
@@ -193,7 +191,7 @@ class InternLM2(nn.Module):
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """One more token for each row, ids [B] int64 -> hidden [B, C]; the cache grows by one."""
         x = self.tok_embeddings(ids)
-        for index, layer in enumerate(self._blocks()):
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             x = layer.decode(x, cache, index, self.backend)
         cache.lengths = cache.lengths + 1
         return self.norm(x)

@@ -20,6 +20,17 @@ _LIBRARY.define(f"rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor ou
 # q [B, H, D], caches [B, G, L, D], lengths [B] -> [B, H, D]; no gradient
 _LIBRARY.define("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor")
 
+# weight [N, K] -> packed uint8 [tiles, groups, 256 * bits], scales bfloat16 [tiles, groups, 16], zeros uint8 likewise
+# (empty if symmetric); tiles of 16 outputs, groups of 128 inputs. csrc/common/quantized.h gives the layout.
+_LIBRARY.define(
+    "quantize_weight(Tensor weight, int bits, bool symmetric) -> (Tensor packed, Tensor scales, Tensor zeros)"
+)
+_QUANTIZED = "Tensor packed, Tensor scales, Tensor zeros, int bits, int out_features, int in_features"
+# -> [N, K] float32 if wide, else bfloat16
+_LIBRARY.define(f"dequantize_weight({_QUANTIZED}, bool wide) -> Tensor")
+# x [..., K] -> [..., N] in x's dtype; act_bits 16 (bfloat16 activations) or 8 (int8 by token and group)
+_LIBRARY.define(f"quantized_linear(Tensor x, {_QUANTIZED}, int act_bits) -> Tensor")
+
 
 @torch.library.register_fake("internlm2::rope_attention_forward")
 def _rope_attention_forward(
@@ -65,3 +76,47 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
 
 
 torch.library.register_autograd("internlm2::rope_attention_forward", _backward, setup_context=_save_for_backward)
+
+
+@torch.library.register_fake("internlm2::quantize_weight")
+def _quantize_weight(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tiles, groups = -(-weight.shape[0] // 16), -(-weight.shape[1] // 128)
+    packed = weight.new_empty(tiles, groups, 256 * bits, dtype=torch.uint8)
+    scales = weight.new_empty(tiles, groups, 16, dtype=torch.bfloat16)
+    return packed, scales, weight.new_empty((0,) if symmetric else scales.shape, dtype=torch.uint8)
+
+
+@torch.library.register_fake("internlm2::dequantize_weight")
+def _dequantize_weight(
+    packed: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, in_features: int, wide: bool
+) -> Tensor:
+    return scales.new_empty(out_features, in_features, dtype=torch.float32 if wide else torch.bfloat16)
+
+
+@torch.library.register_fake("internlm2::quantized_linear")
+def _quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    act_bits: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, packed, scales, zeros, *ctx.shape, _act_bits = inputs
+    ctx.save_for_backward(packed, scales, zeros)
+
+
+def _gradient_to_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The weight is frozen, and rounding the activations counts as the identity."""
+    wide = grad.dtype == torch.float32
+    weight = torch.ops.internlm2.dequantize_weight(*ctx.saved_tensors, *ctx.shape, wide)
+    return (grad @ weight, *(None,) * 7)
+
+
+torch.library.register_autograd("internlm2::quantized_linear", _gradient_to_input, setup_context=_save_weight)

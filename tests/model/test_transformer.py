@@ -133,7 +133,8 @@ def test_logits_equal_transformers_llama(tiny):
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=131, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-            head_dim=16, intermediate_size=80, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            head_dim=16, intermediate_size=80, rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             attn_implementation="eager", tie_word_embeddings=False,
         )
     )  # fmt: skip

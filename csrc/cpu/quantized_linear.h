@@ -1,0 +1,345 @@
+// y = x W' with W in 4 or 8 bits. With AVX-512 BF16 and VNNI the codes are multiplied as they lie in memory:
+//   act_bits 8:  codes (unsigned) times int8 activations, one vpdpbusd for 64 products; activations have a scale for each token
+//                and group of 128
+//   act_bits 16: codes become bfloat16 integers, exactly, by a 16-entry lookup (4 bits) or conversion (8 bits)
+// and the weight's scale is applied to each group's sum in float32. Other processors unpack a group to float32 and multiply
+// that, with the activations rounded in the same two ways, so that results agree but for the order of sums.
+#pragma once
+
+#include "gemm.h"
+#include "quantize.h"
+
+#include <type_traits>
+
+namespace internlm2::INTERNLM2_ISA {
+
+// Activations as the products need them: int8 with scale and sum per group, or bfloat16 with sum per group.
+struct Activations {
+  int64_t rows, groups;
+  Buffer<int8_t> codes;       // [M, K]
+  Buffer<bfloat16> values;    // [M, K], reordered within blocks
+  Buffer<float> rounded;      // [M, K], for the plain path
+  Buffer<float> scales;       // [M, groups]
+  Buffer<int32_t> code_sums;  // [M, groups]
+  Buffer<float> sums;         // [M, groups]
+};
+
+template <class T>
+static inline void read_group(const QuantizedLinear& a, int64_t row, int64_t group, float* x) {
+  const int64_t first = group * GROUP, count = least(GROUP, a.weight.in_features - first);
+  const T* source = static_cast<const T*>(a.x) + row * a.row_stride + first;
+  if (count < GROUP) std::memset(x, 0, GROUP * sizeof(float));
+  if (count == GROUP)
+    for (int64_t i = 0; i < GROUP; i += WIDTH) store(x + i, widen(source + i));
+  else
+    for (int64_t i = 0; i < count; i++) x[i] = widen_one(source[i]);
+}
+
+// x -> rint(x * 127 / largest); returns the scale. A NaN makes the scale, and with it the outputs, NaN.
+static inline float quantize_group(const float* x, int8_t* codes, int32_t* code_sum) {
+  Floats largest = Floats{}, poison = Floats{};
+  for (int64_t i = 0; i < GROUP; i += WIDTH) {
+    const Floats v = widen(x + i);
+    largest = larger(largest, v > -v ? v : -v);
+    poison += v * 0.f;
+  }
+  const float top = maximum(largest), inverse = top > 0.f ? 127.f / top : 0.f;
+  int32_t total = 0;
+  for (int64_t i = 0; i < GROUP; i += WIDTH) {
+    // Clamped before it is rounded: else the compiler may fuse the product into the rounding's addition, and ties differ.
+    const Floats code = round_even(clamp(widen(x + i) * inverse, -127.f, 127.f));
+#if defined(__AVX512F__)
+    const __m512i whole = _mm512_cvtps_epi32((__m512)code);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(whole));
+    total += _mm512_reduce_add_epi32(whole);
+#else
+    for (int64_t l = 0; l < WIDTH; l++) total += codes[i + l] = (int8_t)(int)code[l];
+#endif
+  }
+  *code_sum = total;
+  return top / 127.f + sum(poison);
+}
+
+template <class T>
+static void prepare(const QuantizedLinear& a, bool plain, Activations& out) {
+  const int64_t groups = out.groups = a.weight.groups(), padded = groups * GROUP;
+  const bool eight = a.act_bits == 8;
+  out.rows = a.rows;
+  if (eight) out.codes.allocate(a.rows * padded), out.scales.allocate(a.rows * groups), out.code_sums.allocate(a.rows * groups);
+  if (plain) out.rounded.allocate(a.rows * padded);
+  if (!plain && !eight) out.values.allocate(a.rows * padded), out.sums.allocate(a.rows * groups);
+  // In each block, the order in which shifted words give up their inputs.
+  static constexpr int ORDER4[8] = {0, 2, 4, 6, 1, 3, 5, 7}, ORDER8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+  const int* order = a.weight.bits == 4 ? ORDER4 : ORDER8;
+  const int64_t grain = most(1, 64 / groups);
+  for_each(a.parallel, (a.rows + grain - 1) / grain, [&](int64_t item) {
+    alignas(64) float x[GROUP];
+    alignas(64) bfloat16 narrow_x[GROUP];
+    for (int64_t m = item * grain; m < least(a.rows, (item + 1) * grain); m++)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = m * padded + g * GROUP;
+        read_group<T>(a, m, g, x);
+        if (eight) {
+          const float scale = out.scales[m * groups + g] = quantize_group(x, &out.codes[at], &out.code_sums[m * groups + g]);
+          if (plain)
+            for (int64_t i = 0; i < GROUP; i++) out.rounded[at + i] = out.codes[at + i] * scale;
+          continue;
+        }
+        convert(x, GROUP, narrow_x);
+        if (plain) {
+          for (int64_t i = 0; i < GROUP; i++) out.rounded[at + i] = widen_one(narrow_x[i]);
+          continue;
+        }
+        Floats total = Floats{};
+        for (int64_t i = 0; i < GROUP; i += WIDTH) total += widen(narrow_x + i);
+        out.sums[m * groups + g] = sum(total);
+        for (int64_t i = 0; i < GROUP; i += 8)
+          for (int64_t j = 0; j < 8; j++) out.values[at + i + j] = narrow_x[i + order[j]];
+      }
+  });
+}
+
+template <class T>
+static void linear_plain(const QuantizedLinear& a) {
+  const QuantizedWeight& w = a.weight;
+  constexpr int64_t TILES = PANEL > TILE ? PANEL / TILE : 1, COLUMNS = TILES * TILE;
+  Activations x;
+  prepare<T>(a, true, x);
+  const int64_t groups = w.groups(), padded = groups * GROUP;
+  for_each(a.parallel, (w.tiles() + TILES - 1) / TILES, [&](int64_t item) {
+    const int64_t first = item * TILES, tiles = least(TILES, w.tiles() - first);
+    Buffer<float> unpacked(GROUP * COLUMNS), sums(a.rows * COLUMNS);
+    sums.clear(a.rows * COLUMNS);
+    for (int64_t g = 0; g < groups; g++) {
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t at = (first + t) * groups + g;
+        for (int64_t c = 0; c < TILE; c++) {
+          uint8_t codes[GROUP];
+          get_codes(w.packed + at * quantized_bytes(w.bits), w.bits, c, codes);
+          const float zero = w.zeros ? w.zeros[at * TILE + c] : w.bits == 4 ? 8.f : 128.f;
+          const float scale = scale_of(w.scales[at * TILE + c]);
+          for (int64_t k = 0; k < GROUP; k++) unpacked[k * COLUMNS + t * TILE + c] = ((float)codes[k] - zero) * scale;
+        }
+      }
+      gemm<Float32Engine, true>(reinterpret_cast<const Lane*>(&x.rounded[g * GROUP]), padded,
+                                reinterpret_cast<const Lane*>(unpacked.get()), COLUMNS, GROUP, sums.get(), COLUMNS, a.rows,
+                                tiles * TILE);
+    }
+    for (int64_t m = 0; m < a.rows; m++) {
+      T y[COLUMNS < 16 ? 16 : COLUMNS];
+      convert(&sums[m * COLUMNS], tiles * TILE, y);
+      std::memcpy(static_cast<T*>(a.y) + m * w.out_features + first * TILE, y,
+                  least(tiles * TILE, w.out_features - first * TILE) * sizeof(T));
+    }
+  });
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+// ROWS tokens by TILES tiles of 16 channels.
+template <class T, int BITS, int ACT_BITS, bool SYMMETRIC, int ROWS, int TILES>
+class Block {
+  static constexpr int64_t INPUTS = BITS == 4 ? 8 : 4, BLOCKS = GROUP / INPUTS;  // inputs of a 64-byte block
+  // A few accumulators would wait for each other's latency: odd blocks get their own.
+  static constexpr int CHAINS = ROWS * TILES <= 4 ? 2 : 1;
+  static constexpr int64_t AHEAD = ROWS * TILES <= 2 ? 4096 : 2048;
+
+ public:
+  static void run(const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, T* y, int64_t ldy) {
+    __m512 total[ROWS][TILES];
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < TILES; n++) total[m][n] = _mm512_setzero_ps();
+    const int64_t groups = x.groups;
+    for (int64_t g = 0; g < groups; g++) {
+      __m512 sums[ROWS][TILES];
+      if constexpr (ACT_BITS == 8)
+        integer_sums(w, x, tile, row, g, sums);
+      else
+        float_sums(w, x, tile, row, g, sums);
+      for (int n = 0; n < TILES; n++) {
+        const int64_t at = ((tile + n) * groups + g) * TILE;
+        const __m512 scale = (__m512)widen(w.scales + at);
+        __m512 zero = _mm512_setzero_ps();
+        if constexpr (!SYMMETRIC) {
+          zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at))));
+          if (ACT_BITS == 16) zero = _mm512_sub_ps(zero, _mm512_set1_ps(BITS == 4 ? 8.f : 128.f));
+        }
+        for (int m = 0; m < ROWS; m++) {
+          const int64_t group = (row + m) * groups + g;
+          __m512 factor = scale, value = sums[m][n];
+          if constexpr (!SYMMETRIC) {
+            const float sum = ACT_BITS == 8 ? (float)x.code_sums[group] : x.sums[group];
+            value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum), value);
+          }
+          if constexpr (ACT_BITS == 8) factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[group]));
+          total[m][n] = _mm512_fmadd_ps(value, factor, total[m][n]);
+        }
+      }
+    }
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < TILES; n++) narrow((Floats)total[m][n], y + m * ldy + n * TILE);
+  }
+
+ private:
+  static const uint8_t* codes(const QuantizedWeight& w, int64_t tile, int64_t g, int64_t b) {
+    const uint8_t* p = w.packed + (tile * w.groups() + g) * quantized_bytes(BITS) + b * 64;
+    _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
+    return p;
+  }
+
+  static inline __attribute__((always_inline)) void integer_sums(
+      const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, int64_t g, __m512 (&out)[ROWS][TILES]) {
+    const int64_t padded = x.groups * GROUP;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i sums[CHAINS][ROWS][TILES];
+    for (int m = 0; m < ROWS; m++) {
+      // Starting from -zero * sum makes the implicit zero point free.
+      const int32_t start = SYMMETRIC ? -(BITS == 4 ? 8 : 128) * x.code_sums[(row + m) * x.groups + g] : 0;
+      for (int n = 0; n < TILES; n++) {
+        sums[0][m][n] = _mm512_set1_epi32(start);
+        if (CHAINS == 2) sums[CHAINS - 1][m][n] = _mm512_setzero_si512();
+      }
+    }
+#pragma GCC unroll 2
+    for (int64_t b = 0; b < BLOCKS; b++) {
+      constexpr int PARTS = BITS == 4 ? 2 : 1;
+      __m512i part[PARTS][TILES];
+      for (int n = 0; n < TILES; n++) {
+        const __m512i word = _mm512_loadu_si512(codes(w, tile + n, g, b));
+        part[0][n] = BITS == 4 ? _mm512_and_si512(word, nibble) : word;
+        if (BITS == 4) part[PARTS - 1][n] = _mm512_and_si512(_mm512_srli_epi16(word, 4), nibble);
+      }
+      for (int p = 0; p < PARTS; p++)
+        for (int m = 0; m < ROWS; m++) {
+          int32_t four;
+          std::memcpy(&four, &x.codes[(row + m) * padded + g * GROUP + b * INPUTS + 4 * p], 4);
+          const int chain = CHAINS == 2 ? (PARTS == 2 ? p : b % 2) : 0;
+          for (int n = 0; n < TILES; n++)
+            sums[chain][m][n] = _mm512_dpbusd_epi32(sums[chain][m][n], part[p][n], _mm512_set1_epi32(four));
+        }
+    }
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < TILES; n++)
+        out[m][n] = _mm512_cvtepi32_ps(CHAINS == 2 ? _mm512_add_epi32(sums[0][m][n], sums[CHAINS - 1][m][n]) : sums[0][m][n]);
+  }
+
+  // Codes of inputs (i, i') of a word as a bfloat16 pair, less the implicit zero point.
+  static inline __m512i pair(__m512i word, int p, __m512i table) {
+    if constexpr (BITS == 4) return _mm512_permutexvar_epi16(p ? _mm512_srli_epi16(word, 4 * p) : word, table);
+    const __m512i codes = p ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(255));
+    const __m512 offset = _mm512_set1_ps(128.f);  // integers below 256 are exact in bfloat16: its bits are float32's top half
+    const __m512 low = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xffff))), offset);
+    const __m512 high = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 16)), offset);
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+  }
+
+  static inline __attribute__((always_inline)) void float_sums(
+      const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, int64_t g, __m512 (&out)[ROWS][TILES]) {
+    const int64_t padded = x.groups * GROUP;
+    alignas(64) bfloat16 entries[32];
+    for (int i = 0; i < 32; i++) {  // -8 .. 7, twice: the index has one bit more than a code
+      const float value = (float)((i & 15) - 8);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      entries[i] = (bfloat16)(bits >> 16);
+    }
+    const __m512i table = _mm512_load_si512(entries);
+    __m512 sums[CHAINS][ROWS][TILES];
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < TILES; n++) sums[0][m][n] = sums[CHAINS - 1][m][n] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int64_t b = 0; b < BLOCKS; b++) {
+      __m512i word[TILES];
+      for (int n = 0; n < TILES; n++) word[n] = _mm512_loadu_si512(codes(w, tile + n, g, b));
+#pragma GCC unroll 4
+      for (int p = 0; p < INPUTS / 2; p++) {
+        __m512bh weights[TILES];
+        for (int n = 0; n < TILES; n++) weights[n] = (__m512bh)pair(word[n], p, table);
+        for (int m = 0; m < ROWS; m++) {
+          int32_t two;
+          std::memcpy(&two, &x.values[(row + m) * padded + g * GROUP + b * INPUTS + 2 * p], 4);
+          __m512(&sum)[ROWS][TILES] = sums[CHAINS == 2 ? p % 2 : 0];
+          for (int n = 0; n < TILES; n++)
+            sum[m][n] = _mm512_dpbf16_ps(sum[m][n], weights[n], (__m512bh)_mm512_set1_epi32(two));
+        }
+      }
+    }
+    for (int m = 0; m < ROWS; m++)
+      for (int n = 0; n < TILES; n++)
+        out[m][n] = CHAINS == 2 ? _mm512_add_ps(sums[0][m][n], sums[CHAINS - 1][m][n]) : sums[0][m][n];
+  }
+};
+
+template <class T, int BITS, int ACT_BITS, bool SYMMETRIC>
+static void linear_packed(const QuantizedLinear& a) {
+  constexpr int64_t MOST_ROWS = 8, CHUNK = 120;  // 8 x 2 accumulators; a chunk of activations stays in L2
+  const QuantizedWeight& w = a.weight;
+  Activations x;
+  prepare<T>(a, false, x);
+  const int64_t pairs = w.tiles() / 2, odd = w.tiles() % 2, total = pairs + odd, N = w.out_features;
+  const auto rows = [&](int64_t tile, auto tiles, int64_t row, int64_t count, T* y, int64_t ldy) {
+    const auto block = [&](auto n) { Block<T, BITS, ACT_BITS, SYMMETRIC, n(), tiles()>::run(w, x, tile, row, y, ldy); };
+    switch (count) {
+      case 1: return block(std::integral_constant<int, 1>{});
+      case 2: return block(std::integral_constant<int, 2>{});
+      case 3: return block(std::integral_constant<int, 3>{});
+      case 4: return block(std::integral_constant<int, 4>{});
+      case 5: return block(std::integral_constant<int, 5>{});
+      case 6: return block(std::integral_constant<int, 6>{});
+      case 7: return block(std::integral_constant<int, 7>{});
+      default: return block(std::integral_constant<int, 8>{});
+    }
+  };
+  // Some neighbouring tiles an item, so that each thread reads one stream of memory.
+  const int64_t span = most(1, total / (8 * a.threads));
+  for_each(a.parallel, (total + span - 1) / span, [&](int64_t item) {
+    alignas(64) T edge[MOST_ROWS * 2 * TILE];
+    for (int64_t first = 0; first < a.rows; first += CHUNK)
+      for (int64_t t = item * span; t < least(total, (item + 1) * span); t++) {
+        const int64_t tile = 2 * t, column = tile * TILE, width = least(N - column, t < pairs ? 2 * TILE : TILE);
+        const bool whole = width == (t < pairs ? 2 * TILE : TILE);
+        for (int64_t row = first, end = least(a.rows, first + CHUNK); row < end;) {
+          const int64_t left = end - row;
+          const int64_t count = left > MOST_ROWS && left < 2 * MOST_ROWS ? (left + 1) / 2 : least(left, MOST_ROWS);
+          T* y = static_cast<T*>(a.y) + row * N + column;
+          T* target = whole ? y : edge;
+          const int64_t ldy = whole ? N : 2 * TILE;
+          if (t >= pairs) {
+            rows(tile, std::integral_constant<int, 1>{}, row, count, target, ldy);
+          } else if (a.rows == 1) {  // one stream at a time comes closer to the memory's bandwidth
+            rows(tile, std::integral_constant<int, 1>{}, row, count, target, ldy);
+            rows(tile + 1, std::integral_constant<int, 1>{}, row, count, target + TILE, ldy);
+          } else {
+            rows(tile, std::integral_constant<int, 2>{}, row, count, target, ldy);
+          }
+          if (!whole)
+            for (int64_t m = 0; m < count; m++) std::memcpy(y + m * N, edge + m * 2 * TILE, width * sizeof(T));
+          row += count;
+        }
+      }
+  });
+}
+
+template <class T, int BITS, int ACT_BITS>
+static void linear_packed(const QuantizedLinear& a) {
+  a.weight.zeros ? linear_packed<T, BITS, ACT_BITS, false>(a) : linear_packed<T, BITS, ACT_BITS, true>(a);
+}
+
+template <class T>
+static void quantized_linear(const QuantizedLinear& a) {
+  if (a.weight.bits == 4)
+    a.act_bits == 8 ? linear_packed<T, 4, 8>(a) : linear_packed<T, 4, 16>(a);
+  else
+    a.act_bits == 8 ? linear_packed<T, 8, 8>(a) : linear_packed<T, 8, 16>(a);
+}
+
+#else
+
+template <class T>
+static void quantized_linear(const QuantizedLinear& a) {
+  linear_plain<T>(a);
+}
+
+#endif
+
+}  // namespace internlm2::INTERNLM2_ISA

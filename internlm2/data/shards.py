@@ -1,0 +1,271 @@
+"""Tokenized documents of one source on disk: memory-mapped tokens, offsets, and what is known of each document.
+
+A shard lies in `cache_dir/shards/<source>-<key>`; the key hashes the source's content, the tokenizer and this format,
+so that nothing is tokenized twice and nothing stale is read. `content` hashes what training sees (tokens, lengths, loss
+mask): it is equal on every machine.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from internlm2.config import ConfigError
+from internlm2.data.cache import build_once
+from internlm2.data.documents import BadRecord
+from internlm2.data.encoding import EncodedUnit, encode_units, token_type
+from internlm2.data.sources import Source
+from internlm2.data.tokenizer import Tokenizer
+
+FORMAT = 1
+_SHOWN_BAD = 20
+_COLUMNS = {
+    "offsets": np.int64,
+    "split_hashes": np.uint64,
+    "text_bytes": np.int64,
+    "file_index": np.int64,
+    "lines": np.int64,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Shard:
+    """Read-only view of one source's tokenized documents. Document numbers run from 0 in the order of the source."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.documents: int = self.meta["documents"]
+        self.total_tokens: int = self.meta["tokens"]
+        self.text_bytes: int = self.meta["text_bytes"]
+        self.content: str = self.meta["content"]
+        self.vocab_size: int = self.meta["vocab_size"]
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[total_tokens] uint16 or uint32, memory-mapped."""
+        return np.memmap(self.folder / "tokens.bin", token_type(self.vocab_size), mode="r")
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        """[total_tokens] uint8, 1 = no loss on this token; None where every token counts."""
+        return np.memmap(self.folder / "mask.bin", np.uint8, mode="r") if self.meta["masked_tokens"] else None
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """[documents + 1] int64, memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]]."""
+        return self._column("offsets")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64, tokens of each document."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def document_bytes(self) -> np.ndarray:
+        """[documents] int64, UTF-8 bytes of each document's text (0: unknown, it came as tokens)."""
+        return self._column("text_bytes")
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document."""
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def held_out(self, fraction: float) -> np.ndarray:
+        """[documents] bool: the documents whose hash falls into the first `fraction` of all hashes."""
+        return self._column("split_hashes") < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+
+    def origin(self, number: int) -> str:
+        """`file:line` from which a document came."""
+        files = json.loads((self.folder / "files.json").read_text(encoding="utf-8"))
+        return BadRecord(files[self._column("file_index")[number]], int(self._column("lines")[number]), "").place
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.memmap(self.folder / f"{name}.bin", _COLUMNS[name], mode="r")
+
+
+def shard_of(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    *,
+    workers: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+    manifest: str | None = None,
+) -> Shard:
+    """The tokenized source, from the cache or made now.
+
+    Bad records are skipped, counted and named in a warning; with `strict` the first one raises ConfigError. So does a
+    source without any document, and ready-made tokens of another vocabulary.
+    """
+    manifest = manifest or source.manifest()
+    key = hashlib.sha256(f"{FORMAT} {manifest} {tokenizer.fingerprint} {tokenizer.vocab_size}".encode()).hexdigest()[
+        :16
+    ]
+    folder = cache_dir / "shards" / f"{source.name}-{key}"
+
+    def build(temporary: Path) -> None:
+        units = source.units()
+        encoded = encode_units(units, tokenizer, workers)
+        if progress:
+            encoded = _with_progress(encoded, source.name, sum(unit.size for unit in units))
+        write_shard(temporary, source.name, encoded, tokenizer, strict=strict)
+
+    build_once(folder, is_complete, build)
+    shard = Shard(source.name, folder)
+    bad = shard.meta["bad"]
+    if bad:
+        message = f"{source.name}: {bad} bad record{'s' if bad > 1 else ''}, {'; '.join(shard.meta['bad_first'][:3])}"
+        if strict:
+            raise ConfigError(
+                f"{message}. Mend or remove {'them' if bad > 1 else 'it'}, or set data.strict=false to skip."
+            )
+        logger.warning("%s%s; skipped", message, " ..." if bad > 3 else "")
+    return shard
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a shard folder holds every file at its full size."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return meta["format"] == FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in meta["sizes"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_shard(
+    folder: Path, name: str, encoded: Iterable[EncodedUnit], tokenizer: Tokenizer, *, strict: bool = False
+) -> None:
+    """Write all units into `folder`, which appears as a shard only when `meta.json`, the last file, is there."""
+    with _Writer(folder, name, strict) as writer:
+        for unit in encoded:
+            writer.add(unit)
+        if not writer.documents:
+            first = f" The first bad record: {writer.bad_first[0]}." if writer.bad_first else ""
+            raise ConfigError(f"data.sources.{name} holds no usable document.{first}")
+        writer.finish(tokenizer)
+
+
+class _Writer:
+    def __init__(self, folder: Path, name: str, strict: bool) -> None:
+        self.folder, self.name, self.strict = folder, name, strict
+        self.documents = self.tokens = self.masked = self.text_bytes = self.bad = 0
+        self.bad_first: list[str] = []
+        self.files: dict[str, int] = {}
+        self.lines_before: dict[str, int] = {}
+        # Apart from each other, so that the division into units leaves no trace.
+        self.content = {part: hashlib.blake2b(digest_size=16) for part in ("tokens", "lengths", "masked")}
+        self.streams: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> "_Writer":
+        for column in ("tokens", *_COLUMNS):
+            self.streams[column] = self._open(column)
+        self.streams["offsets"].write(bytes(8))
+        return self
+
+    def _open(self, column: str) -> BinaryIO:
+        return open(self.folder / f"{column}.bin", "wb")
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.streams.values():
+            stream.close()
+
+    def add(self, unit: EncodedUnit) -> None:
+        for record in unit.bad:
+            self._add_bad(record, unit.lines_read)
+        file_index = [self.files.setdefault(file, len(self.files)) for file in unit.files]
+        lines = unit.lines
+        if unit.lines_read:
+            before = self.lines_before.get(unit.name, 0)
+            lines = lines + before
+            self.lines_before[unit.name] = before + unit.lines_read
+        columns = {
+            "tokens": unit.tokens,
+            "offsets": self.tokens + np.cumsum(unit.lengths, dtype=np.int64),
+            "split_hashes": unit.split_hashes,
+            "text_bytes": unit.text_bytes,
+            "file_index": np.array(file_index, np.int64),
+            "lines": lines,
+        }
+        for column, values in columns.items():
+            self.streams[column].write(np.ascontiguousarray(values).data)
+        self._add_mask(unit)
+        self.content["tokens"].update(unit.tokens.astype("<u4").data)
+        self.content["lengths"].update(unit.lengths.astype("<i8").data)
+        self.documents += len(unit.lengths)
+        self.tokens += len(unit.tokens)
+        self.text_bytes += int(unit.text_bytes.sum())
+
+    def _add_bad(self, record: BadRecord, lines_read: int) -> None:
+        base = self.lines_before.get(record.file, 0) if lines_read else 0
+        shown = f"{BadRecord(record.file, record.line + base, record.reason).place} ({record.reason})"
+        if record.fatal or self.strict:
+            raise ConfigError(
+                f"data.sources.{self.name}: {shown}"
+                + ("" if record.fatal else ". Mend or remove it, or set data.strict=false to skip such records.")
+            )
+        self.bad += 1
+        if len(self.bad_first) < _SHOWN_BAD:
+            self.bad_first.append(shown)
+
+    def _add_mask(self, unit: EncodedUnit) -> None:
+        if unit.mask is None:
+            return
+        if "mask" not in self.streams:
+            self.streams["mask"] = self._open("mask")
+        self.streams["mask"].seek(self.tokens)  # what was skipped reads as zeros
+        self.streams["mask"].write(unit.mask.data)
+        self.masked += int(unit.mask.sum())
+        self.content["masked"].update((self.tokens + np.flatnonzero(unit.mask)).astype("<i8").data)
+
+    def _content_hash(self) -> str:
+        return hashlib.blake2b(b"".join(part.digest() for part in self.content.values()), digest_size=16).hexdigest()
+
+    def finish(self, tokenizer: Tokenizer) -> None:
+        if "mask" in self.streams:
+            self.streams["mask"].truncate(self.tokens)
+        self.__exit__()
+        (self.folder / "files.json").write_text(json.dumps(list(self.files)), encoding="utf-8")
+        meta = {
+            "format": FORMAT,
+            "source": self.name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "masked_tokens": self.masked,
+            "text_bytes": self.text_bytes,
+            "content": self._content_hash(),
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bad": self.bad,
+            "bad_first": self.bad_first,
+            "sizes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _with_progress(units: Iterator[EncodedUnit], name: str, size: int) -> Iterator[EncodedUnit]:
+    """Show a bar of input bytes on standard error while the units come in."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("tokenizing {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=size)
+        for unit in units:
+            bar.advance(task, unit.size)
+            yield unit

@@ -1,0 +1,85 @@
+"""InternLM2 for transformers 5: Llama's computation, with the released layout read and written as it is.
+
+The weights differ from Llama's in names and in wqkv, whose rows are, for each key/value head, its query heads, its
+key, its value. The mapping below splits it while loading and fuses it again in save_pretrained, bit for bit.
+"""
+
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from .configuration_internlm2 import InternLM2Config
+
+
+def _only(tensors: Any) -> torch.Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+class SplitGroupedQKV(ConversionOps):
+    """wqkv [(heads + 2 kv_heads) * head_dim, hidden] -> q, k, v."""
+
+    def convert(
+        self, input_dict: dict, source_patterns: list, target_patterns: list, config: Any = None, **_: Any
+    ) -> dict:
+        (wqkv,) = (_only(tensors) for tensors in input_dict.values())
+        groups, dim = config.num_key_value_heads, config.head_dim
+        per_group = config.num_attention_heads // groups
+        grouped = wqkv.reshape(groups, per_group + 2, dim, -1)
+        parts = (
+            grouped[:, :per_group].reshape(groups * per_group * dim, -1),
+            grouped[:, per_group].reshape(groups * dim, -1),
+            grouped[:, per_group + 1].reshape(groups * dim, -1),
+        )
+        return {pattern: part.contiguous() for pattern, part in zip(target_patterns, parts)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseGroupedQKV()
+
+
+class FuseGroupedQKV(ConversionOps):
+    """The inverse of SplitGroupedQKV."""
+
+    def convert(
+        self, input_dict: dict, source_patterns: list, target_patterns: list, config: Any = None, **_: Any
+    ) -> dict:
+        q, k, v = (_only(input_dict[pattern]) for pattern in source_patterns)
+        groups, dim = config.num_key_value_heads, config.head_dim
+        parts = (part.reshape(groups, -1, dim, part.shape[-1]) for part in (q, k, v))
+        return {target_patterns[0]: torch.cat(list(parts), dim=1).reshape(-1, q.shape[-1]).contiguous()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitGroupedQKV()
+
+
+class InternLM2Model(LlamaModel):
+    config_class = InternLM2Config
+
+
+class InternLM2ForCausalLM(LlamaForCausalLM):
+    config_class = InternLM2Config
+
+
+register_checkpoint_conversion_mapping(
+    "internlm2",
+    [
+        WeightRenaming("model.tok_embeddings", "model.embed_tokens"),
+        WeightRenaming(r"^output\.", "lm_head."),
+        WeightRenaming("attention_norm", "input_layernorm"),
+        WeightRenaming("ffn_norm", "post_attention_layernorm"),
+        WeightRenaming("attention.wo", "self_attn.o_proj"),
+        WeightRenaming("feed_forward.w1", "mlp.gate_proj"),
+        WeightRenaming("feed_forward.w3", "mlp.up_proj"),
+        WeightRenaming("feed_forward.w2", "mlp.down_proj"),
+        WeightConverter(
+            "attention.wqkv.weight",
+            ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+            [SplitGroupedQKV()],
+        ),
+    ],
+    overwrite=True,
+)

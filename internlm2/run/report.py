@@ -1,0 +1,291 @@
+"""The report: one self-contained HTML page for a stage, or for a run with all its stages. Needs no network to read."""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from internlm2.run.atomic import replace_text
+from internlm2.run.console import duration, quantity
+from internlm2.run.figures import Series, line_figure, smooth
+from internlm2.run.page_style import STYLE
+from internlm2.run.stage_summary import StageSummary, read_stage
+from internlm2.run.throughput import FORMULA
+
+
+def write_stage_report(stage: Path) -> Path:
+    """Write `stage`/report.html and return its path."""
+    summary = read_stage(stage)
+    body = [
+        f"<h1>{escape(stage.parent.name)} / {escape(summary.name)}{_status(summary)}</h1>",
+        *_stage_sections(summary),
+        _footer(),
+    ]
+    return _write(stage / "report.html", f"{stage.parent.name} / {summary.name}", body)
+
+
+def write_report(run_root: Path, stages: Sequence[str] | None = None) -> Path:
+    """Write `run_root`/report.html over its stages and return its path.
+
+    `stages`: names in the order of the recipe; by default every sub-directory with metrics, in the order of their
+    first start.
+    """
+    if stages is None:
+        found = [read_stage(folder.parent) for folder in run_root.glob("*/metrics.jsonl")]
+        found.sort(key=lambda stage: stage.starts[0]["time"] if stage.starts else "")
+    else:
+        found = [read_stage(run_root / name) for name in stages if (run_root / name / "metrics.jsonl").exists()]
+    if not found:
+        raise FileNotFoundError(f"{run_root} has no stage with a metrics.jsonl: there is nothing to report.")
+    body = [
+        f"<h1>{escape(run_root.name)}</h1>",
+        f"<p>{_whole_story(found)}</p>",
+        "<nav>" + "".join(f'<a href="#{escape(s.name)}">{escape(s.name)}</a>' for s in found) + "</nav>",
+        _overview(found),
+        *_joined_curve(found),
+    ]
+    for stage in found:
+        body.append(f'<h2 id="{escape(stage.name)}">{escape(stage.name)}{_status(stage)}</h2>')
+        body += _stage_sections(stage)
+    body.append(_footer())
+    return _write(run_root / "report.html", run_root.name, body)
+
+
+def _write(path: Path, title: str, body: Sequence[str]) -> Path:
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{STYLE}</style></head>"
+    )
+    replace_text(path, f"{head}\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n")
+    return path
+
+
+def _stage_sections(stage: StageSummary) -> list[str]:
+    parts = [f"<p>{_story(stage)}</p>", _tiles(stage)]
+    parts += [f'<p class="bad">{escape(problem)}</p>' for problem in stage.problems]
+    parts += [_curves(stage), *_validation(stage), *_evaluation(stage)]
+    if stage.not_applied():
+        rows = [{"step": r["step"], "reason": r.get("reason", "")} for r in stage.not_applied()]
+        parts += [f"<h3>Steps without an update: {len(rows)}</h3>", _table(rows[:50])]
+    if stage.data:
+        parts += ["<h3>Data that the stage trained on</h3>", _table(stage.data)]
+    if stage.handover:
+        parts += ["<h3>Handed over from the stage before</h3>", _table(stage.handover)]
+    if stage.samples:
+        parts.append("<h3>What the model writes</h3>")
+        parts += [
+            f'<p class="soft">{escape(name)}</p><pre>{escape(text)}</pre>' for name, text in stage.samples.items()
+        ]
+    parts += _origin(stage)
+    return parts
+
+
+def _story(stage: StageSummary) -> str:
+    losses = [loss for loss in stage.column("loss") if loss is not None]
+    if not losses:
+        return "No step has been recorded."
+    text = f"The training loss went from {losses[0]:.3f} to {stage.last('loss'):.3f} in {stage.steps:,} steps"
+    text += f" and {quantity(stage.tokens)} tokens" if stage.tokens else ""
+    text += f", {duration(stage.seconds)} of training" if stage.timing else ""
+    resumed = len(stage.starts) - 1
+    return text + (f", over {resumed + 1} starts." if resumed > 0 else ".")
+
+
+def _whole_story(stages: Sequence[StageSummary]) -> str:
+    tokens, seconds = sum(s.tokens for s in stages), sum(s.seconds for s in stages)
+    plural = "s" if len(stages) > 1 else ""
+    return f"{len(stages)} stage{plural}, {quantity(tokens)} tokens, {duration(seconds)} of training."
+
+
+def _status(stage: StageSummary) -> str:
+    kind = {"finished": "good", "failed": "bad"}.get(stage.status, "soft")
+    return f'<span class="status {kind}">{escape(stage.status)}</span>'
+
+
+def _tiles(stage: StageSummary) -> str:
+    loss, speed, mfu = stage.last("loss"), stage.typical("tokens_per_second"), stage.typical("mfu")
+    memory = max((r.get("memory_bytes") or 0 for r in stage.timing), default=0)
+    tiles = [
+        (f"{loss:.3f}", "loss, mean of the last 20 steps") if loss is not None else None,
+        (f"{stage.steps:,}", "steps"),
+        (quantity(stage.tokens), "tokens") if stage.tokens else None,
+        (f"{quantity(speed)}/s", "tokens, median step") if speed is not None else None,
+        (f"{mfu:.1%}", "MFU, median step") if mfu is not None else None,
+        (f"{memory / 2**30:.1f} GiB", "peak memory") if memory else None,
+        (duration(stage.seconds), "in steps") if stage.timing else None,
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{v}</b><span>{t}</span></div>' for v, t in filter(None, tiles))
+        + "</div>"
+    )
+
+
+def _curves(stage: StageSummary) -> str:
+    steps = [record["step"] for record in stage.metrics]
+    if not steps:
+        return ""
+    half_life = max(2.0, len(steps) / 60)
+    figures = []
+    for key, name in (("loss", "Training loss"), ("grad_norm", "Gradient norm, before clipping")):
+        values = stage.column(key)
+        raw = Series("each step", steps, values, faint=True, colour=0)
+        mean = Series(f"mean, half-life {half_life:.0f} steps", steps, smooth(values, half_life), colour=0)
+        unit = "nats a token" if key == "loss" else "norm"
+        figures.append(_figure(line_figure([raw, mean], "step", unit, title=name), name))
+    rate = [Series("lr", steps, stage.column("lr"), colour=2)]
+    figures.append(
+        _figure(line_figure(rate, "step", "learning rate", title="Learning rate", from_zero=True), "Learning rate")
+    )
+    if stage.timing:
+        at = [record["step"] for record in stage.timing]
+        speed = [record.get("tokens_per_second") for record in stage.timing]
+        lines = [
+            Series("each step", at, speed, faint=True, colour=3),
+            Series("mean", at, smooth(speed, half_life), colour=3),
+        ]
+        drawing = line_figure(lines, "step", "tokens / s", title="Throughput", from_zero=True)
+        figures.append(_figure(drawing, "Throughput"))
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _validation(stage: StageSummary) -> list[str]:
+    curves = stage.validation()
+    if not curves:
+        return []
+    rows = []
+    for source, (_, losses) in curves.items():
+        known = [loss for loss in losses if loss is not None]
+        first, last = (known[0], known[-1]) if known else (math.nan, math.nan)
+        measured = stage.last_validation().get(source, {})
+        rows.append(
+            {
+                "source": source,
+                "first loss": first,
+                "last loss": last,
+                "perplexity": math.exp(min(last, 50.0)),
+                "bits per byte": measured.get("bits_per_byte"),
+                "held-out tokens": measured.get("tokens"),
+            }
+        )
+    parts = ["<h3>Validation loss by source</h3>"]
+    if max(len(steps) for steps, _ in curves.values()) > 1:
+        lines = [Series(source, steps, losses) for source, (steps, losses) in curves.items()]
+        drawing = line_figure(lines, "step", "nats a token", title="Validation loss by source", wide=True)
+        parts.append(f'<div class="figures">{_figure(drawing, "On held-out documents", wide=True)}</div>')
+    return [*parts, _table(rows)]
+
+
+def _evaluation(stage: StageSummary) -> list[str]:
+    drawn = []
+    for figure in stage.figures:
+        lines = [Series(line["label"], line["x"], line["y"]) for line in figure["series"]]
+        wide = len(stage.figures) % 2 == 1 and figure is stage.figures[-1]
+        scale = figure.get("x_scale") == "log"
+        svg = line_figure(lines, figure["x_label"], figure["y_label"], title=figure["title"], wide=wide, log_x=scale)
+        drawn.append(_figure(svg, figure["title"] + (f": {figure['note']}" if figure.get("note") else ""), wide=wide))
+    return [f'<h3>Evaluation</h3><div class="figures">{"".join(drawn)}</div>'] if drawn else []
+
+
+def _joined_curve(stages: Sequence[StageSummary]) -> list[str]:
+    """Training loss over all stages, against tokens, where the timing records tell the tokens of every step."""
+    lines: list[Series] = []
+    marks: list[tuple[float, str]] = []
+    done = 0.0
+    for number, stage in enumerate(stages):
+        tokens = {record["step"]: record.get("tokens") or 0 for record in stage.timing}
+        marks.append((done, stage.name))
+        x = []
+        for record in stage.metrics:
+            done += tokens.get(record["step"], 0)
+            x.append(done)
+        values = stage.column("loss")
+        lines.append(Series(stage.name, x, values, faint=True, colour=number))
+        lines.append(Series(stage.name, x, smooth(values, max(2.0, len(x) / 60)), colour=number))
+    if len(stages) < 2 or not done:
+        return []
+    drawing = line_figure(lines, "tokens", "nats a token", title="Training loss of all stages", wide=True, marks=marks)
+    return [f'<div class="figures">{_figure(drawing, "Training loss over the whole run", wide=True)}</div>']
+
+
+def _overview(stages: Sequence[StageSummary]) -> str:
+    rows = []
+    for stage in stages:
+        speed = stage.typical("tokens_per_second")
+        rows.append(
+            {
+                "stage": stage.name,
+                "status": stage.status,
+                "steps": stage.steps,
+                "tokens": quantity(stage.tokens),
+                "loss": stage.last("loss"),
+                "tokens / s": quantity(speed) if speed is not None else None,
+                "time": duration(stage.seconds),
+            }
+        )
+    return _table(rows)
+
+
+def _origin(stage: StageSummary) -> list[str]:
+    rows = []
+    for start in stage.starts:
+        git, end = start.get("git") or {}, start.get("end") or {}
+        commit = (git.get("commit") or "")[:12] + (" + changes" if git.get("dirty") else "")
+        rows.append(
+            {
+                "started": _moment(start["time"]),
+                "from step": start["step"],
+                "ended": _moment(end.get("time")),
+                "at step": end.get("step"),
+                "how": end.get("status"),
+                "commit": commit,
+                "machine": ", ".join(start.get("accelerators") or [start.get("cpu") or ""]),
+                "torch": start.get("packages", {}).get("torch"),
+            }
+        )
+    parts = ["<h3>Where it comes from</h3>", _table(rows)] if rows else []
+    if stage.starts:
+        parts.append(f'<p class="soft">Last command: <code>{escape(" ".join(stage.starts[-1]["command"]))}</code></p>')
+    if stage.config:
+        parts.append(f"<details><summary>Composed config</summary><pre>{escape(stage.config)}</pre></details>")
+    return parts
+
+
+def _moment(time: str | None) -> str | None:
+    return time[:16].replace("T", " ") if time else None
+
+
+def _figure(svg: str, caption: str, *, wide: bool = False) -> str:
+    kind = ' class="wide"' if wide else ""
+    return f"<figure{kind}><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
+    align = {c: ' class="number"' if c in numeric else "" for c in columns}
+    head = "".join(f"<th{align[c]}>{escape(c)}</th>" for c in columns)
+    lines = ["".join(f"<td{align[c]}>{_cell(row.get(c))}</td>" for c in columns) for row in rows]
+    return (
+        f'<div class="scroll"><table><tr>{head}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else ""
+    return escape(value if isinstance(value, str) else str(value))
+
+
+def _footer() -> str:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return f'<h2>Notes</h2><p class="soft">{escape(FORMULA)}.</p><p class="soft">Written {now}.</p>'

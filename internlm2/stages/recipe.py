@@ -1,0 +1,46 @@
+"""Run stages in order, each handing over to the next: what is complete is skipped, what was interrupted goes on.
+
+    python train.py stage=recipe model=tiny preset=demo
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm2.config import Config
+from internlm2.engine.checkpoint_format import CheckpointError
+from internlm2.engine.guard import TrainingStopped
+from internlm2.run.console import logging_to
+from internlm2.run.directory import RunDirectory
+from internlm2.run.report import write_report
+from internlm2.stages import pretrain
+
+log = logging.getLogger(__name__)
+
+
+def run_stages(configs: Sequence[Config]) -> None:
+    """Run each config's stage. Exits with 1 where training had to stop, and with 128 + the signal that stopped it."""
+    for config in configs:
+        directory = RunDirectory(Path(config.root) / config.name / config.stage.name)
+        with directory.lock(), logging_to(directory.log) as console:
+            if is_complete(directory, config):
+                log.info("%s is complete: %s", config.stage.name, directory.path)
+                continue
+            log.info("%s, in %s", config.stage.name, directory.path)
+            try:
+                code = pretrain.run(config, directory, console)
+            except (CheckpointError, TrainingStopped) as error:
+                log.error("%s", error)
+                sys.exit(1)
+        if code:
+            sys.exit(code)
+    root = Path(configs[-1].root) / configs[-1].name
+    print(f"report: {write_report(root)}")
+
+
+def is_complete(directory: RunDirectory, config: Config) -> bool:
+    """Has the stage run to its last step? A longer stage than before goes on from there."""
+    mark = directory.path / "finished.json"
+    return mark.exists() and json.loads(mark.read_text())["step"] >= pretrain.steps_of(config)

@@ -1,0 +1,169 @@
+"""The loop that the supervised stages share: data -> loss -> step -> log -> save. A stage builds a `Job`; `train` runs it."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from internlm2.config import Config, ConfigError
+from internlm2.data.batch import PackedBatch
+from internlm2.data.stream import TokenStream
+from internlm2.engine.base import Engine, LossFunction, StepResult
+from internlm2.engine.checkpoint import CheckpointWriter
+from internlm2.engine.checkpoint_format import CheckpointError, list_checkpoints
+from internlm2.engine.checkpoint_reader import restore_newest
+from internlm2.run.console import StepProgress, step_line
+from internlm2.run.directory import RunDirectory
+from internlm2.run.metrics import Metrics
+from internlm2.run.signals import StopSignals
+from internlm2.run.throughput import Throughput, causal_pairs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What a stage hands to the loop. `position` counts the rows that training has consumed, over all ranks."""
+
+    config: Config
+    run: RunDirectory
+    engine: Engine
+    stream: TokenStream
+    loss: LossFunction
+    total_steps: int
+    validate: Callable[[], dict[str, Any]]
+    throughput: Throughput
+    metrics: Metrics
+    position: int = 0
+    tokens: int = 0
+    writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        checkpoint = self.config.checkpoint
+        self.writer = CheckpointWriter(
+            self.run.checkpoints,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            keep_last=checkpoint.keep_last,
+            keep_every=checkpoint.keep_every,
+            asynchronous=checkpoint.asynchronous,
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.train.batch_tokens // self.config.train.seq_len
+
+    def batches(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the step at `position`; which rows a step has does not depend on how they are split."""
+        size, rank, world = self.config.train.micro_batch, self.engine.rank, self.engine.world_size
+        rows = range(self.position + rank, self.position + self.rows_per_step, world)
+        return [self.stream.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def save(self) -> None:
+        self.writer.save(self.engine, {"tokens": self.tokens, "data": self.stream.state(self.position)})
+
+
+def train(job: Job, console: Console) -> StopSignals:
+    """Train until `total_steps` or a signal; either way the last step is saved. Raises TrainingStopped, CheckpointError."""
+    engine, config = job.engine, job.config
+    with StopSignals() as stop, StepProgress(console, config.stage.name, job.total_steps, engine.step) as progress:
+        while engine.step < job.total_steps:
+            started = time.perf_counter()
+            batches = job.batches()
+            result = engine.train_step(batches, job.loss)
+            job.position += job.rows_per_step
+            if result.verdict == "rollback":
+                roll_back(job, result)
+                continue
+            values, timing = describe_step(job, batches, result, time.perf_counter() - started)
+            last, asked = engine.step == job.total_steps, engine.reduce_sum([float(stop.requested is not None)])[0] > 0
+            if due(config.validate.every, engine.step) or last:
+                values["validation"] = job.validate()
+            job.metrics.record(engine.step, values, timing)
+            if due(config.run.log_every, engine.step) or last or not result.applied:
+                report_step(job, result, timing)
+            if due(config.checkpoint.every, engine.step) or last or asked:
+                job.save()
+            progress.advance(engine.step, job.throughput.seconds_left(job.total_steps - engine.step))
+            if asked:
+                break
+        job.writer.wait()
+    return stop
+
+
+def resume(job: Job) -> bool:
+    """Go on from the newest whole checkpoint of this run, if there is one. ConfigError where the config forbids it."""
+    found = list_checkpoints(job.run.checkpoints)
+    if found and not job.config.resume:
+        raise ConfigError(f"resume=false, but {job.run.path} holds a run up to step {found[-1][0]}: choose another name=.")
+    state, _ = restore_newest(job.engine, job.run.checkpoints)
+    if found and state is None:
+        raise CheckpointError(f"None of the {len(found)} checkpoints in {job.run.checkpoints} can be read: move them away to start anew.")
+    if state is not None:
+        job.stream.check_fingerprint(state["data"], job.config.data.on_change)
+        job.position, job.tokens = state["data"]["position"], state["tokens"]
+    job.metrics.truncate_after(job.engine.step)
+    return state is not None
+
+
+def roll_back(job: Job, result: StepResult) -> None:
+    """Weights and optimizer of the newest checkpoint; the data since then, with the bad step's, stay behind."""
+    job.writer.wait()
+    state, _ = restore_newest(job.engine, job.run.checkpoints, after_rollback=True)
+    if state is None:
+        raise CheckpointError(f"engine.on_nonfinite=rollback: {result.reason}, and there is no checkpoint yet to return to.")
+    job.tokens = state["tokens"]
+    job.metrics.truncate_after(job.engine.step)
+    log.warning("%s; back to step %d, data goes on at row %d", result.reason, job.engine.step, job.position)
+
+
+def describe_step(
+    job: Job, batches: list[PackedBatch], result: StepResult, seconds: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of one step: what is a function of config, seed and data, and what the machine decided."""
+    by_source = [0] * len(job.stream.source_names)
+    pairs = tokens = 0
+    for batch in batches:
+        lengths = batch.cu_seqlens.diff().tolist()
+        pairs, tokens = pairs + causal_pairs(lengths), tokens + sum(lengths)
+        for source, length in zip(batch.sources.tolist(), lengths):
+            by_source[source] += length
+    sums = job.engine.reduce_sum([float(number) for number in (pairs, tokens, *by_source)])
+    pairs, tokens, *by_source = (int(number) for number in sums)
+    job.tokens += tokens
+    values = {
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "loss_tokens": result.loss_tokens,
+        "tokens": job.tokens,
+        "position": job.position,
+        "source_tokens": dict(zip(job.stream.source_names, by_source)),
+    }
+    if not result.applied:
+        values |= {"applied": False, "reason": result.reason}
+    return values, job.throughput.measure(seconds, tokens, pairs)
+
+
+def report_step(job: Job, result: StepResult, timing: dict[str, Any]) -> None:
+    line = step_line(
+        job.engine.step,
+        job.total_steps,
+        loss=result.loss,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        tokens_per_second=timing["tokens_per_second"],
+        mfu=timing["mfu"],
+        memory_bytes=timing["memory_bytes"],
+        seconds_left=job.throughput.seconds_left(job.total_steps - job.engine.step),
+        note="" if result.applied else f"not applied: {result.reason}",
+    )
+    log.info(line)
+
+
+def due(every: int | None, step: int) -> bool:
+    """Is `step` a multiple of `every`? Never where that is null."""
+    return every is not None and step % every == 0
