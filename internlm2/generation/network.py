@@ -33,7 +33,7 @@ class Network:
     """A CausalLM's weights as they are now; `refresh` takes them again after a training step.
 
     dtype     of the arithmetic: None takes the weights' own
-    quantize  none, w8 or w4: the layers' matrices rounded to 8 or 4 bits (the output matrix stays as it is)
+    quantize  none, w8 or w4: the layers' matrices rounded to 8 or 4 bits, the output matrix to 8
     """
 
     def __init__(self, model: CausalLM, *, dtype: torch.dtype | None = None, quantize: str = "none"):
@@ -52,7 +52,7 @@ class Network:
         # fp32 embeddings and norms are small; the embedding is looked up and then rounded, a copy would double it
         self.embeddings = backbone.tok_embeddings.weight.detach()
         self.norm = backbone.norm.weight.detach().to(self.dtype)
-        self.output = projection([self.model.output_weight], self.dtype)
+        self.output = projection([self.model.output_weight], self.dtype, "none" if self.quantize == "none" else "w8")
         self.blocks = [self._block(layer) for layer in backbone.layers if isinstance(layer, Layer)]
 
     def _block(self, layer: Layer) -> _Block:
