@@ -101,12 +101,12 @@ def sample_texts(sources: list[Source], limit: int, validation_fraction: float) 
             if budget <= 0:
                 break
             for document in units[place].documents():
-                if isinstance(document, BadRecord) or document.text is None:
+                if isinstance(document, BadRecord) or (text := document.plain_text) is None:
                     continue
-                content = document.text.encode("utf-8")
+                content = text.encode("utf-8")
                 if split_hash(document.split_key.encode() if document.split_key else content) < held_out:
                     continue
-                yield document.text
+                yield text
                 budget -= len(content)
                 left -= len(content)
                 if budget <= 0:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from internlm2.config import ConfigError
 
 # In the order of their ids in the official vocabulary (92527 and 92538..92543), so that a trained vocabulary ends in
@@ -66,6 +68,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
         """Text of ids that hold no marker."""
+
+    @cached_property
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """[vocab_size] int64: UTF-8 bytes of text that each id stands for; 0 for control tokens and markers.
+
+        Over the ids of a text they sum to its length in bytes, so that a loss in bits per byte is exact.
+        """
 
     @property
     @abstractmethod
@@ -197,6 +207,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.decode(ids) if ids else ""
 
     @cached_property
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token in range(self.vocab_size):
+            if self._model.is_byte(token):
+                sizes[token] = 1
+            elif not (self._model.is_control(token) or self._model.is_unknown(token) or token in self._marker_names):
+                sizes[token] = len(self._model.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
+        return sizes
+
+    @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self._content, self.aliases)
 
@@ -267,6 +287,20 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.decode(ids, skip_special_tokens=False)
 
     @cached_property
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        added = {token for token, piece in self._model.get_added_tokens_decoder().items() if piece.special}
+        for piece, token in self._model.get_vocab(with_added_tokens=True).items():
+            if token not in added and token not in self._marker_names:
+                sizes[token] = _piece_bytes(piece, self._byte_level)
+        return sizes
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether pieces are spelled in the byte-level alphabet, one character a byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._content).get("decoder"))
+
+    @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self._content, self.aliases | {"bos": str(self.bos_id), "eos": str(self.eos_id)})
 
@@ -327,6 +361,14 @@ def _find_markers(path: Path, aliases: dict[str, str], piece_id: Callable[[str],
                 found[name] = token
                 break
     return found
+
+
+def _piece_bytes(piece: str, byte_level: bool) -> int:
+    if byte_level:
+        return len(piece)
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return 1
+    return len(piece.replace(SPACE_SYMBOL, " ").encode())
 
 
 def _fingerprint(content: bytes, settings: dict[str, str]) -> str:

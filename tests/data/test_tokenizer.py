@@ -52,6 +52,11 @@ def byte_level(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def byte_level_tokenizer(byte_level):
+    return HuggingFaceTokenizer(byte_level)
+
+
 def test_official_ids(official):
     assert official.vocab_size == 92544
     assert (official.bos_id, official.eos_id, official.pad_id) == (1, 2, 2)
@@ -121,6 +126,14 @@ def test_lone_surrogates_are_refused(official):
 def test_decode_refuses_foreign_ids(official):
     with pytest.raises(ValueError, match="92544"):
         official.decode([92544])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_bytes_of_tokens_sum_to_the_bytes_of_the_text(official, byte_level_tokenizer, text):
+    for tokenizer in (official, byte_level_tokenizer):
+        assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+        assert tokenizer.token_bytes[[tokenizer.bos_id, *tokenizer.special_ids.values()]].sum() == 0
 
 
 def test_save_and_load(official, tmp_path):
