@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "internlm2"
-FLOORS = [{"config", "ops"}, {"model", "run"}, {"data", "engine"}, {"rlhf", "evaluate"}, {"stages"}, {"convert"}]
+FLOORS = [{"config", "ops"}, {"model", "run"}, {"data", "engine", "generation"}, {"rlhf", "evaluate"}, {"stages"}, {"convert", "chat"}]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -29,7 +29,7 @@ def imported_rooms(file: Path) -> set[str]:
     return {module.split(".")[1] for module in modules if module.startswith("internlm2.")}
 
 
-FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE or file.stem == "convert"]
+FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE or file.stem in ("convert", "chat")]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

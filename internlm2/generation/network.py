@@ -5,11 +5,13 @@ rounds where `internlm2.model` rounds, so that log-probabilities agree with what
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from internlm2.config import ConfigError
 from internlm2.generation.cache import SlotCache
 from internlm2.generation.projections import Projection, projection
 from internlm2.model.transformer import CausalLM, Layer
@@ -56,16 +58,18 @@ class Network:
         self.blocks = [self._block(layer) for layer in backbone.layers if isinstance(layer, Layer)]
 
     def _block(self, layer: Layer) -> _Block:
-        def pack(*weights: Tensor) -> Projection:
-            return projection(weights, self.dtype, self.quantize)
+        def pack(*modules: nn.Module) -> Projection:
+            if not all(isinstance(module, nn.Linear) for module in modules):
+                raise ConfigError("generation takes plain weights: merge the adapter into them first.")
+            return projection([cast(Tensor, module.weight) for module in modules], self.dtype, self.quantize)
 
         return _Block(
             layer.attention_norm.weight.detach().to(self.dtype),
-            pack(layer.attention.wqkv.weight),
-            pack(layer.attention.wo.weight),
+            pack(layer.attention.wqkv),
+            pack(layer.attention.wo),
             layer.ffn_norm.weight.detach().to(self.dtype),
-            pack(layer.feed_forward.w1.weight, layer.feed_forward.w3.weight),
-            pack(layer.feed_forward.w2.weight),
+            pack(layer.feed_forward.w1, layer.feed_forward.w3),
+            pack(layer.feed_forward.w2),
         )
 
     def new_cache(self) -> SlotCache:
