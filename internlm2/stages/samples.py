@@ -2,11 +2,10 @@
 
 import logging
 
-import torch
-
 from internlm2.config import RunConfig
 from internlm2.data.tokenizer import Tokenizer
-from internlm2.model.generate import generate
+from internlm2.generation.engine import Engine
+from internlm2.generation.parameters import SamplingParams
 from internlm2.model.transformer import CausalLM
 from internlm2.run.directory import RunDirectory
 
@@ -21,19 +20,18 @@ def write_samples(
     """Complete each prompt of `run.samples`; to the log and to samples/."""
     if not settings.samples:
         return
-    model.eval()
-    answers = generate(
-        model,
-        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in settings.samples],
-        max_new_tokens=settings.sample_tokens,
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in settings.samples]
+    params = SamplingParams(
         temperature=TEMPERATURE,
         top_p=TOP_P,
-        stop_ids=[tokenizer.eos_id],
-        generators=[torch.Generator().manual_seed(seed + row) for row in range(len(settings.samples))],
+        max_new_tokens=settings.sample_tokens,
+        stop_ids=(tokenizer.eos_id,),
+        seed=seed,
     )
+    answers = sorted(Engine(model).generate(prompts, params), key=lambda answer: answer.prompt)
     texts = []
     for prompt, answer in zip(settings.samples, answers):
-        text = tokenizer.decode(answer, skip_special=True)
+        text = tokenizer.decode(answer.tokens, skip_special=True)
         texts.append(f"{prompt}⟶{text}")
         log.info("sample of step %d (the prompt ends at ⟶):\n%s", step, texts[-1])
     run.samples.mkdir(exist_ok=True)
