@@ -9,7 +9,14 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "internlm2"
-FLOORS = [{"config", "ops"}, {"model", "run"}, {"data", "engine", "generation"}, {"rlhf", "evaluate"}, {"stages"}, {"convert", "chat"}]
+FLOORS = [
+    {"config", "ops"},
+    {"model", "run"},
+    {"data", "engine", "generation"},
+    {"rlhf", "evaluate"},
+    {"stages"},
+    {"convert", "chat"},
+]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -85,8 +85,8 @@ def _check_lengths(config: Config) -> None:
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "
             f"{forward_tokens}: use train.batch_tokens={nearest}."
         )
-    if train.steps is None and train.tokens is None:
-        raise ConfigError("The length of the stage is missing: give train.steps or train.tokens.")
+    if train.steps is None and train.tokens is None and not train.epochs:
+        raise ConfigError("The length of the stage is missing: give train.steps, train.tokens or train.epochs.")
 
 
 def _check_schedule(config: Config) -> None:
@@ -126,6 +126,9 @@ def _check_data(config: Config) -> None:
                 f"data.tokenizer.vocab_size={tokenizer.vocab_size} and model.vocab_size={config.model.vocab_size} "
                 f"differ: use data.tokenizer.vocab_size={config.model.vocab_size}."
             )
+    elif tokenizer.kind == "inherit":
+        if config.init_from is None:
+            raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
     elif not Path(tokenizer.path).exists():

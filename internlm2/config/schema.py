@@ -65,7 +65,7 @@ class TokenizerConfig:
     `aliases` gives a marker such as `<|reward|>` a spare piece of a vocabulary that has none for it.
     """
 
-    kind: str = _key(choices=("train", "sentencepiece", "huggingface"))
+    kind: str = _key(choices=("train", "inherit", "sentencepiece", "huggingface"))
     path: str | None = MISSING
     vocab_size: int | None = _key(minimum=300)
     train_bytes: int = _key(minimum=1)
@@ -164,13 +164,14 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """Length and size of a stage: `steps` if given, else as many as `tokens` need."""
+    """Length and size of a stage: `steps` if given, else as many as `tokens` need, else `epochs` over its data."""
 
     seq_len: int = _key(minimum=2)
     batch_tokens: int = _key(minimum=1)
     micro_batch: int = _key(minimum=1)
     steps: int | None = _key(minimum=1)
     tokens: int | None = _key(minimum=1)
+    epochs: float | None = _key(minimum=0.0)
 
     @property
     def rows_per_step(self) -> int:
@@ -181,6 +182,11 @@ class TrainConfig:
     def total_steps(self) -> int:
         """Optimizer steps of the stage."""
         return self.steps or max(1, (self.tokens or 0) // self.batch_tokens)
+
+    @property
+    def by_epochs(self) -> bool:
+        """Does the length of the stage follow from its data?"""
+        return self.steps is None and self.tokens is None
 
 
 @dataclass
@@ -228,7 +234,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 

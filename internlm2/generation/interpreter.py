@@ -45,7 +45,7 @@ def network_cut() -> tuple[str, ...]:
     return command if tried.returncode == 0 else ()
 
 
-def run_python(code: str, limits: Limits = Limits()) -> str:  # noqa: B008  frozen
+def run_python(code: str, limits: Limits = Limits()) -> str:
     """What the code prints, errors included, followed by a note where it failed or ran into a limit."""
     with tempfile.TemporaryDirectory(prefix="internlm2-interpreter-") as folder:
         output, work = Path(folder) / "output", Path(folder) / "work"

@@ -4,9 +4,7 @@ T tokens of all packed sequences, n sequences, C hidden size, G kv heads, R quer
 D head dim, V vocabulary. Pre-norm, no bias anywhere. Parameter names are those of the released files.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +115,7 @@ class InternLM2(nn.Module):
         else:
             (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
         return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
+
 
 class LMHead(Linear):
     """Hidden states to logits, or straight to the loss.

@@ -4,7 +4,6 @@ python train.py stage=recipe model=tiny preset=demo
 """
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,12 @@ from internlm2.run.console import logging_to
 from internlm2.run.directory import RunDirectory
 from internlm2.run.provenance import record_end
 from internlm2.run.report import write_report, write_stage_report
-from internlm2.stages import pretrain
+from internlm2.stages import pretrain, sft
+from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
+
+STAGES = {"pretrain": pretrain.run, "sft": sft.run}
 
 
 def run_stages(configs: Sequence[Config]) -> None:
@@ -32,7 +34,7 @@ def run_stages(configs: Sequence[Config]) -> None:
                 continue
             log.info("%s, in %s", config.stage.name, directory.path)
             try:
-                code = pretrain.run(config, directory, console)
+                code = STAGES[config.stage.kind](config, directory, console)
                 write_stage_report(directory.path)
             except (CheckpointError, TrainingStopped, OSError) as error:
                 log.error("%s", error)
@@ -44,9 +46,3 @@ def run_stages(configs: Sequence[Config]) -> None:
             sys.exit(code)
     root = Path(configs[-1].root) / configs[-1].name
     print(f"report: {write_report(root)}")
-
-
-def is_complete(directory: RunDirectory, config: Config) -> bool:
-    """Has the stage run to its last step? A longer stage than before goes on from there."""
-    mark = directory.path / "finished.json"
-    return mark.exists() and json.loads(mark.read_text())["step"] >= config.train.total_steps
