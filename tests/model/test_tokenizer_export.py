@@ -81,6 +81,8 @@ def test_official_markers_are_single_ids(official_pair):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("adefn() +:,大模型书 生\n\t<|imstar_>é"), max_size=40))
 def test_a_trained_vocabulary(trained, text):
+    # Their names are these tokens here, and ordinary text to SentencePiece; markers are single ids in both.
+    assume(not any(name in text for name in ("<s>", "</s>", "<unk>")))
     converted, _ = convert_sentencepiece(trained)
     reference = spm.SentencePieceProcessor(model_file=str(trained))
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
