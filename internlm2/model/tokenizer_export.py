@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm2.config import ConfigError
+from internlm2.model.chat_template import CHAT_TEMPLATE
 
 # ChatML markers of the released chat and reward models, and the spare pieces of the shipped vocabulary that they reuse.
 OFFICIAL_MARKERS = {
@@ -23,15 +24,6 @@ OFFICIAL_MARKERS = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
 }
 ALIASES = "tokenizer_aliases.json"
-
-# <s> once, then `<|im_start|>ROLE name=NAME\nCONTENT<|im_end|>\n` for each turn (chat format of the released models).
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
-    "{% if message['name'] %}{% if message['name'] in ['plugin', 'interpreter'] %}"
-    "{{ ' name=<|' + message['name'] + '|>' }}{% else %}{{ ' name=' + message['name'] }}{% endif %}{% endif %}"
-    "{{ '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 from internlm2.config import ConfigError
-from internlm2.model import generate, smollm2
+from internlm2.generation import Engine, SamplingParams
+from internlm2.model import smollm2
 from internlm2.model.export import export_weights
 from internlm2.model.gguf import GGUF, _dequantize
 from internlm2.model.weights import load_model, open_weights
@@ -125,5 +126,6 @@ def test_logits_equal_transformers_llama_and_the_answer_is_sensible(tmp_path):
         ours = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
         torch.testing.assert_close(ours, llama(torch.tensor([ids])).logits[0], rtol=0, atol=1e-3)
     generation = json.loads((tmp_path / "llama" / "generation_config.json").read_text())
-    (answer,) = generate(model, [ids], max_new_tokens=16, stop_ids=generation["eos_token_id"])
-    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=16, stop_ids=generation["eos_token_id"])
+    (answer,) = Engine(model).generate([ids], greedy)
+    assert tokenizer.decode(answer.tokens, skip_special_tokens=True) == "The capital of France is Paris."

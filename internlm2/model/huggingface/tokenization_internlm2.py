@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, TokenizersBackend
 
-from internlm2.model.tokenizer_export import CHAT_TEMPLATE, convert_sentencepiece
+from internlm2.model.chat_template import CHAT_TEMPLATE
+from internlm2.model.tokenizer_export import convert_sentencepiece
 
 
 class TokenizerName(PreTrainedConfig):
