@@ -53,7 +53,10 @@ def test_the_official_vocabulary_gives_sentencepiece_ids(official_pair, text):
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60))
 def test_the_official_vocabulary_on_any_text(official_pair, text):
-    assume("<" not in text)  # the name of a special token is that token here, and ordinary text to SentencePiece
+    # The name of a special token is that token here, and ordinary text to SentencePiece; with spare pieces that became
+    # markers it is the other way round.
+    assume("<" not in text)
+    assume("[UNUSED_TOKEN_1" not in text)
     converted, reference = official_pair
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
 
@@ -81,6 +84,8 @@ def test_official_markers_are_single_ids(official_pair):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("adefn() +:,大模型书 生\n\t<|imstar_>é"), max_size=40))
 def test_a_trained_vocabulary(trained, text):
+    # Their names are these tokens here, and ordinary text to SentencePiece; markers are single ids in both.
+    assume(not any(name in text for name in ("<s>", "</s>", "<unk>")))
     converted, _ = convert_sentencepiece(trained)
     reference = spm.SentencePieceProcessor(model_file=str(trained))
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
