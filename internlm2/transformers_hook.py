@@ -29,10 +29,12 @@ def _register_models(module: Any) -> None:
 
 
 def _register_tokenizer(module: Any) -> None:
-    from internlm2.model.huggingface.configuration_internlm2 import InternLM2Config
-    from internlm2.model.huggingface.tokenization_internlm2 import InternLM2Tokenizer
+    from internlm2.model.huggingface.tokenization_internlm2 import InternLM2Tokenizer, TokenizerName
 
-    module.AutoTokenizer.register(InternLM2Config, tokenizer_class=InternLM2Tokenizer, exist_ok=True)
+    # By the class name that the released folders ask for, not by InternLM2Config: a tokenizer registered by config
+    # gives way to the folder's own code under trust_remote_code=True, and that code gives wrong ids on transformers
+    # 5.
+    module.AutoTokenizer.register(TokenizerName, tokenizer_class=InternLM2Tokenizer, exist_ok=True)
 
 
 def _nothing(module: Any) -> None:

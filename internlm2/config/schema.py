@@ -1,7 +1,7 @@
 """The typed, closed schema of conf/: types, bounds and choices. Values, comments and defaults stand in the YAML files.
 
-No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong config must fail
-within a second or two.
+No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong config
+must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from omegaconf import MISSING
 
 
 def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or a closed set of choices; `internlm2.config.checks` enforces them."""
+    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
     return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
 
 
 @dataclass
 class RopeScalingConfig:
-    """Extrapolation beyond `max_position_embeddings` at inference (the released chat models use dynamic NTK, factor 2 or 3)."""
+    """Extrapolation beyond `max_position_embeddings`; the released chat models use dynamic NTK, factor 2 or 3."""
 
     kind: str = _key(choices=("none", "linear", "dynamic"))
     factor: float = _key(minimum=1.0)
@@ -65,7 +65,7 @@ class TokenizerConfig:
     `aliases` gives a marker such as `<|reward|>` a spare piece of a vocabulary that has none for it.
     """
 
-    kind: str = _key(choices=("train", "sentencepiece", "huggingface"))
+    kind: str = _key(choices=("train", "inherit", "sentencepiece", "huggingface"))
     path: str | None = MISSING
     vocab_size: int | None = _key(minimum=300)
     train_bytes: int = _key(minimum=1)
@@ -74,11 +74,19 @@ class TokenizerConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib, `field` to kind=jsonl and parquet."""
+    """One source of documents. `part` belongs to kind=stdlib and package, `field` to kind=jsonl and parquet, `format`
+    to kind=conversations.
+    """
 
-    kind: str = field(default=MISSING, metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo")})
+    kind: str = field(
+        default=MISSING,
+        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package")},
+    )
     path: str | None = None
-    part: str | None = field(default=None, metadata={"choices": ("code", "packages", "prose", "docstrings")})
+    part: str | None = None
+    format: str = field(
+        default="auto", metadata={"choices": ("auto", "openai", "sharegpt", "alpaca", "xtuner", "pairs")}
+    )
     field: str = "text"
 
 
@@ -101,11 +109,24 @@ class DataConfig:
     weights: dict[str, dict[str, float]] = MISSING
     length_buckets: list[LengthBucketConfig] = MISSING
     packing: str = _key(choices=("concatenate", "best_fit"))
+    long_conversations: str = _key(choices=("split", "cut", "drop"))
     validation_fraction: float = _key(minimum=0.0, maximum=0.5)
     cache_dir: str = MISSING
     workers: int | None = _key(minimum=1)
     strict: bool = MISSING
     on_change: str = _key(choices=("refuse", "accept"))
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters on a frozen model; kind=none trains all weights. `bits` belongs to kind=qlora."""
+
+    kind: str = _key(choices=("none", "lora", "qlora"))
+    rank: int = _key(minimum=1)
+    alpha: float = _key(minimum=0.0)
+    dropout: float = _key(minimum=0.0, maximum=0.99)
+    targets: list[str] = MISSING
+    bits: int = _key(minimum=4, maximum=8)
 
 
 @dataclass
@@ -143,13 +164,29 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """Length and size of a stage: `steps` if given, else as many as `tokens` need."""
+    """Length and size of a stage: `steps` if given, else as many as `tokens` need, else `epochs` over its data."""
 
     seq_len: int = _key(minimum=2)
     batch_tokens: int = _key(minimum=1)
     micro_batch: int = _key(minimum=1)
     steps: int | None = _key(minimum=1)
     tokens: int | None = _key(minimum=1)
+    epochs: float | None = _key(minimum=0.0)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of seq_len tokens in one optimizer step, over all ranks and micro-batches."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.steps or max(1, (self.tokens or 0) // self.batch_tokens)
+
+    @property
+    def by_epochs(self) -> bool:
+        """Does the length of the stage follow from its data?"""
+        return self.steps is None and self.tokens is None
 
 
 @dataclass
@@ -197,7 +234,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -215,6 +252,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)

@@ -41,7 +41,10 @@ class Corpus:
         return np.flatnonzero(self._held(source))
 
     def bytes_per_token(self, source: str) -> float | None:
-        """UTF-8 bytes of text for each token, over the whole source; None where only tokens are known."""
+        """UTF-8 bytes of text for each token, over the whole source; None where only tokens are known.
+
+        For the loss of particular rows in bits per byte, sum `Tokenizer.token_bytes` over their labels instead.
+        """
         shard = self.shard(source)
         return shard.text_bytes / shard.total_tokens if shard.text_bytes else None
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from internlm2.data.chat import Message
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: `text`, or `tokens` that another program made (a negative id = no loss on that token).
+    """One document: `text`, or a conversation (`messages`; which turns carry loss follows from their roles), or
+    `tokens` that another program made (a negative id = no loss on that token).
 
     `file` and `line` say where it stands (line 0: the whole file). Documents of equal `split_key` fall on the same side
     of the hold-out; without a key the content decides.
@@ -20,6 +23,12 @@ class Document:
     text: str | None = None
     tokens: list[int] | None = None
     split_key: str | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @property
+    def plain_text(self) -> str | None:
+        """All text in it, for a vocabulary to be learned from; None where only tokens are known."""
+        return self.text if self.messages is None else "\n".join(message.plain_text for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)

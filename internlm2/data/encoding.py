@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from internlm2.config import ConfigError
+from internlm2.data.chat import render
 from internlm2.data.documents import BadRecord, Document, Unit
 from internlm2.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,7 +44,9 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def encode_unit(unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
-    """Read and tokenize one unit. Text becomes `<s>` tokens `</s>`; ready-made tokens stay as they are."""
+    """Read and tokenize one unit. Text becomes `<s>` tokens `</s>`, messages the chat format; tokens stay as they
+    are.
+    """
     builder = _UnitBuilder(tokenizer)
     texts: list[Document] = []
     waiting = 0
@@ -52,6 +55,8 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
             builder.bad.append(item)
         elif item.tokens is not None:
             builder.add_tokens(item)
+        elif item.messages is not None:
+            builder.add_conversation(item)
         else:
             texts.append(item)
             waiting += len(item.text or "")
@@ -137,6 +142,14 @@ class _UnitBuilder:
             tokens[0], tokens[-1] = bos, eos
             tokens[1:-1] = ids
             self._add(document, tokens, None, content, len(content))
+
+    def add_conversation(self, document: Document) -> None:
+        assert document.messages is not None
+        rendered = render(document.messages, self.tokenizer)
+        tokens = np.array(rendered.ids, token_type(self.tokenizer.vocab_size))
+        # Bits per byte of an answer would be about the answer's bytes, not the document's: the length stays unknown.
+        mask = 1 - np.array(rendered.trained, np.uint8)
+        self._add(document, tokens, mask, tokens.tobytes(), 0)
 
     def add_tokens(self, document: Document) -> None:
         assert document.tokens is not None

@@ -10,10 +10,12 @@ from internlm2.data.cache import build_once
 from internlm2.data.corpus import Corpus
 from internlm2.data.documents import BadRecord
 from internlm2.data.encoding import split_hash
+from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
 from internlm2.data.permutation import derive_key, shuffled
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import shard_of
 from internlm2.data.sources import Source, check_sources, open_sources
-from internlm2.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.tokenizer_training import TRAINER_VERSION, train_model
 
 logger = logging.getLogger(__name__)
@@ -101,12 +103,12 @@ def sample_texts(sources: list[Source], limit: int, validation_fraction: float) 
             if budget <= 0:
                 break
             for document in units[place].documents():
-                if isinstance(document, BadRecord) or document.text is None:
+                if isinstance(document, BadRecord) or (text := document.plain_text) is None:
                     continue
-                content = document.text.encode("utf-8")
+                content = text.encode("utf-8")
                 if split_hash(document.split_key.encode() if document.split_key else content) < held_out:
                     continue
-                yield document.text
+                yield text
                 budget -= len(content)
                 left -= len(content)
                 if budget <= 0:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,18 +19,37 @@ from internlm2.data.documents import BadRecord, Document, RecordError
 RANGE_BYTES = 8 << 20
 
 
+class RecordReader(Protocol):
+    """Turns one JSON record or Parquet row into a document; small enough to be sent to a worker process."""
+
+    def document(self, file: str, line: int, record: Any) -> Document:
+        """The record that stands at file:line. Raises RecordError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextReader:
+    """Records with their text under the key `field`."""
+
+    field: str
+
+    def document(self, file: str, line: int, record: Any) -> Document:
+        """The text under the key."""
+        return Document(file, line, text=_text_of(record, self.field))
+
+
 @dataclass(slots=True)
 class LineUnit:
     """The lines of `path` that start in bytes [start, end); with `end=None` (compressed files) all lines.
 
-    `field` names the key of the text in a JSON record; None means InternEvo's `{"tokens": [...]}`.
+    `reader` makes a document of a JSON record; None means InternEvo's `{"tokens": [...]}`.
     """
 
     path: Path
     name: str
     start: int
     end: int | None
-    field: str | None
+    reader: RecordReader | None
     size: int
     lines: int = 0
 
@@ -43,10 +62,10 @@ class LineUnit:
             if not content.strip():
                 continue
             try:
-                if self.field is None:
+                if self.reader is None:
                     yield Document(self.name, self.lines, tokens=_tokens_of(content))
                 else:
-                    yield Document(self.name, self.lines, text=_text_of(_parse_json(content), self.field))
+                    yield self.reader.document(self.name, self.lines, _parse_json(content))
             except RecordError as error:
                 yield BadRecord(self.name, self.lines, str(error))
 
@@ -74,7 +93,7 @@ class ArrayUnit:
 
     path: Path
     name: str
-    field: str
+    reader: RecordReader
     size: int
     lines: int = 0
 
@@ -88,7 +107,7 @@ class ArrayUnit:
             raise ConfigError(f"{self.path} is no valid JSON: {error}") from error
         for number, record in enumerate(records, start=1):
             try:
-                yield Document(self.name, number, text=_text_of(record, self.field))
+                yield self.reader.document(self.name, number, record)
             except RecordError as error:
                 yield BadRecord(self.name, number, str(error))
 
@@ -127,6 +146,39 @@ class ParquetUnit:
 
 
 @dataclass(slots=True)
+class ParquetRowsUnit:
+    """One row group of a Parquet file whose rows are records of several columns; lines as in `ParquetUnit`."""
+
+    path: Path
+    name: str
+    reader: RecordReader
+    row_group: int
+    first_row: int
+    size: int
+    lines: int = 0
+
+    def documents(self) -> Iterator[Document | BadRecord]:
+        """One document or bad record for each row, streamed in batches."""
+        import pyarrow
+        import pyarrow.parquet
+
+        number = self.first_row
+        try:
+            file = pyarrow.parquet.ParquetFile(self.path)
+            for batch in file.iter_batches(batch_size=1024, row_groups=[self.row_group]):
+                for record in batch.to_pylist():
+                    number += 1
+                    try:
+                        yield self.reader.document(self.name, number, record)
+                    except RecordError as error:
+                        yield BadRecord(self.name, number, str(error))
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self.path}: row group {self.row_group} cannot be read after row {number}: {error}"
+            ) from error
+
+
+@dataclass(slots=True)
 class FilesUnit:
     """Plain-text files, one document each."""
 
@@ -145,14 +197,14 @@ class FilesUnit:
                 yield BadRecord(name, 0, str(error))
 
 
-def line_units(path: Path, name: str, field: str | None) -> list[LineUnit]:
+def line_units(path: Path, name: str, reader: RecordReader | None) -> list[LineUnit]:
     """Units that cover a line-based file."""
     size = path.stat().st_size
     if path.suffix == ".gz":
-        return [LineUnit(path, name, 0, None, field, size)]
+        return [LineUnit(path, name, 0, None, reader, size)]
     starts = range(0, size, RANGE_BYTES)
     return [
-        LineUnit(path, name, start, min(start + RANGE_BYTES, size), field, min(RANGE_BYTES, size - start))
+        LineUnit(path, name, start, min(start + RANGE_BYTES, size), reader, min(RANGE_BYTES, size - start))
         for start in starts
     ]
 
@@ -179,21 +231,28 @@ def internevo_units(path: Path, name: str) -> list[LineUnit]:
     return line_units(path, name, None)
 
 
-def json_units(path: Path, name: str, field: str) -> list[LineUnit] | list[ArrayUnit]:
-    """Units of a JSON-lines file, or of a `.json` that holds an array (told by its first character)."""
+def json_units(path: Path, name: str, reader: RecordReader | str) -> list[LineUnit] | list[ArrayUnit]:
+    """Units of a JSON-lines file, or of a `.json` that holds an array (told by its first character; in a `.jsonl` that
+    would be a record). `reader`: or the key of the text.
+    """
+    reader = TextReader(reader) if isinstance(reader, str) else reader
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
             head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{path} is truncated or no gzip file: {error}") from error
-    if head[:1] == b"[":
-        return [ArrayUnit(path, name, field, path.stat().st_size)]
-    return line_units(path, name, field)
+    if head[:1] == b"[" and ".json" in path.suffixes:
+        return [ArrayUnit(path, name, reader, path.stat().st_size)]
+    return line_units(path, name, reader)
 
 
-def parquet_units(path: Path, name: str, field: str) -> list[ParquetUnit]:
-    """One unit for each row group; ConfigError where the file is no Parquet or has no text column `field`."""
+def parquet_units(path: Path, name: str, reader: RecordReader | str) -> list[ParquetUnit] | list[ParquetRowsUnit]:
+    """One unit for each row group; ConfigError where the file is no Parquet or lacks the text column of a `TextReader`.
+
+    `reader`: or the name of that column.
+    """
+    reader = TextReader(reader) if isinstance(reader, str) else reader
     import pyarrow
     import pyarrow.parquet
 
@@ -201,7 +260,21 @@ def parquet_units(path: Path, name: str, field: str) -> list[ParquetUnit]:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{path} is no readable Parquet file: {error}") from error
-    schema = file.schema_arrow
+    groups, row = [], 0  # (row group, first row, bytes)
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        if metadata.num_rows:
+            groups.append((group, row, metadata.total_byte_size))
+        row += metadata.num_rows
+    if isinstance(reader, TextReader):
+        _check_text_column(path, reader.field, file.schema_arrow)
+        return [ParquetUnit(path, name, reader.field, *group) for group in groups]
+    return [ParquetRowsUnit(path, name, reader, *group) for group in groups]
+
+
+def _check_text_column(path: Path, field: str, schema: Any) -> None:
+    import pyarrow
+
     if field not in schema.names:
         raise ConfigError(f"{path} has no column {field!r}: set field to one of {', '.join(schema.names)}")
     kind = schema.field(field).type
@@ -209,13 +282,6 @@ def parquet_units(path: Path, name: str, field: str) -> list[ParquetUnit]:
         test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary)
     ):
         raise ConfigError(f"{path}: column {field!r} holds {kind}, not text")
-    units, row = [], 0
-    for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        if metadata.num_rows:
-            units.append(ParquetUnit(path, name, field, group, row, metadata.total_byte_size))
-        row += metadata.num_rows
-    return units
 
 
 def files_units(paths: list[Path], names: list[str]) -> list[FilesUnit]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm2.config import ConfigError, DataConfig, SourceConfig
-from internlm2.data import record_files, stdlib_corpus
+from internlm2.data import dialog_packages, docstring_questions, record_files, stdlib_corpus
+from internlm2.data.chat import FORMAT as CHAT_FORMAT
+from internlm2.data.conversations import ConversationReader
 from internlm2.data.documents import Document, MemoryUnit, Unit
 
 SUFFIXES = {
@@ -18,6 +20,15 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "text": (".txt", ".md", ".rst"),
     "internevo": (".bin",),
+    "conversations": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz", ".parquet"),
+}
+# Kinds without files, and the module that makes the documents of their parts.
+MADE = {
+    "stdlib": {
+        **dict.fromkeys(("code", "packages", "prose", "docstrings"), stdlib_corpus),
+        **dict.fromkeys(docstring_questions.PARTS, docstring_questions),
+    },
+    "package": dict.fromkeys(dialog_packages.PARTS, dialog_packages),
 }
 # Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they
 # are the same.
@@ -36,20 +47,24 @@ class Source:
     field: str
     files: tuple[Path, ...]
     base: Path
+    format: str = "auto"
 
     def units(self) -> list[Unit]:
         """Everything in the source as units of work, in an order that depends on the names of the files only."""
-        if self.kind == "stdlib":
-            return list(_memory_units(stdlib_corpus.documents(self._stdlib_part)))
+        if self.part is not None:
+            return list(_memory_units(MADE[self.kind][self.part].documents(self.part)))
         names = [path.relative_to(self.base).as_posix() for path in self.files]
         if self.kind == "text":
             return list(record_files.files_units(list(self.files), names))
         units: list[Unit] = []
+        reader: record_files.RecordReader = record_files.TextReader(self.field)
+        if self.kind == "conversations":
+            reader = ConversationReader(self.format)
         for path, name in zip(self.files, names):
-            if self.kind == "jsonl":
-                units.extend(record_files.json_units(path, name, self.field))
-            elif self.kind == "parquet":
-                units.extend(record_files.parquet_units(path, name, self.field))
+            if self.kind != "internevo" and path.suffix == ".parquet":
+                units.extend(record_files.parquet_units(path, name, reader))
+            elif self.kind != "internevo":
+                units.extend(record_files.json_units(path, name, reader))
             else:
                 units.extend(record_files.internevo_units(path, name))
         return units
@@ -57,22 +72,19 @@ class Source:
     def manifest(self) -> str:
         """Hash of the content that the documents are made of, and of how they are read."""
         digest = hashlib.sha256(f"{self.kind} {self.part} {self.field}\n".encode())
-        if self.kind == "stdlib":
-            digest.update(stdlib_corpus.manifest(self._stdlib_part).encode())
+        if self.kind == "conversations":
+            digest.update(f"{self.format} {CHAT_FORMAT}\n".encode())
+        if self.part is not None:
+            digest.update(MADE[self.kind][self.part].manifest(self.part).encode())
         for path in self.files:
             digest.update(f"{path.relative_to(self.base).as_posix()} {_file_digest(path)}\n".encode())
         return digest.hexdigest()
 
     def input_bytes(self) -> int:
         """About how many bytes of input the source has (compressed size where it is compressed)."""
-        if self.kind == "stdlib":
-            return stdlib_corpus.input_bytes(self._stdlib_part)
+        if self.part is not None:
+            return MADE[self.kind][self.part].input_bytes(self.part)
         return sum(path.stat().st_size for path in self.files)
-
-    @property
-    def _stdlib_part(self) -> str:
-        assert self.part is not None  # open_source checks it
-        return self.part
 
 
 def open_source(name: str, config: SourceConfig) -> Source:
@@ -80,17 +92,17 @@ def open_source(name: str, config: SourceConfig) -> Source:
     key = f"data.sources.{name}"
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ConfigError(f"{key}: the name of a source becomes part of a file name; use letters, digits, - . and _")
-    if config.kind == "stdlib":
-        if config.part is None:
-            raise ConfigError(f"{key}: kind=stdlib needs part: code, packages, prose or docstrings")
-        folder = stdlib_corpus.library_folder()
+    if config.kind in MADE:
+        if config.part not in MADE[config.kind]:
+            raise ConfigError(f"{key}: kind={config.kind} needs part, one of {', '.join(MADE[config.kind])}")
+        folder = MADE[config.kind][config.part].folder(config.part)
         return Source(name, config.kind, config.part, config.field, (), folder)
     if config.kind not in SUFFIXES:
-        raise ConfigError(f"{key}.kind={config.kind}: must be stdlib, {', '.join(SUFFIXES)}")
+        raise ConfigError(f"{key}.kind={config.kind}: must be stdlib, {', '.join(SUFFIXES)} or package")
     if config.path is None:
         raise ConfigError(f"{key}: kind={config.kind} needs path: a file, a folder or a pattern such as /data/*.jsonl")
     files, base = _find_files(key, config.path, config.kind)
-    return Source(name, config.kind, None, config.field, tuple(files), base)
+    return Source(name, config.kind, None, config.field, tuple(files), base, config.format)
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
@@ -182,7 +194,7 @@ def _memory_units(documents: Iterator[Document]) -> Iterator[MemoryUnit]:
     size = 0
     for document in documents:
         items.append(document)
-        size += len(document.text or "")
+        size += len(document.plain_text or "")
         if size >= _UNIT_CHARACTERS:
             yield MemoryUnit(items, size)
             items, size = [], 0

@@ -35,6 +35,11 @@ _GENERATED = re.compile(r"^[ \t]*#.*(auto-?generated|generated (by|from)|do not 
 _CODEC_TABLE = re.compile(r"^(decoding_table|decoding_map|encoding_map|codec) *=", re.M)
 
 
+def folder(part: str) -> Path:
+    """Where the documents of a part come from."""
+    return library_folder()
+
+
 def library_folder() -> Path:
     """Folder of the running Python's standard library; ConfigError where it holds no source files."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -69,6 +74,11 @@ def input_bytes(part: str) -> int:
         return sum(map(len, topics().values()))
     total = sum(map(len, _files().values()))
     return total // 6 if part == "docstrings" else total
+
+
+def topic_key(name: str) -> str:
+    """By which a topic of the language reference is held out."""
+    return f"stdlib-topic-{TOPIC_SALT}:{name}"
 
 
 def topics() -> dict[str, str]:
@@ -152,7 +162,7 @@ def _packages() -> Iterator[Document]:
 
 def _prose() -> Iterator[Document]:
     for name, text in sorted(topics().items()):
-        yield Document(name, text=text.strip() + "\n", split_key=f"stdlib-topic-{TOPIC_SALT}:{name}")
+        yield Document(name, text=text.strip() + "\n", split_key=topic_key(name))
 
 
 def _docstrings() -> Iterator[Document]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from internlm2.config import ConfigError
 from internlm2.data.corpus import Corpus
+from internlm2.data.long_conversations import POLICIES, Shortened, shorten
 from internlm2.data.mixture import SlotTable
 from internlm2.data.packing import FORMAT as PACKING_FORMAT
 from internlm2.data.packing import PackingPlan, plan_of
@@ -86,16 +87,24 @@ class TokenStream:
         packing: str = "best_fit",
         length_buckets: Sequence[LengthBucket] = (),
         seed: int = 0,
+        long_conversations: str = "split",
     ) -> None:
         check_weights(weights, corpus.shards, "data.weights")
         if packing not in ("concatenate", "best_fit"):
             raise ConfigError(f"data.packing={packing}: must be concatenate or best_fit")
+        if long_conversations not in POLICIES:
+            raise ConfigError(f"data.long_conversations={long_conversations}: must be one of {', '.join(POLICIES)}")
+        self.long_conversations = long_conversations
+        self.shortened: dict[str, Shortened] = {}  # by source, what the policy left out
         self.corpus, self.seq_len, self.packing, self.seed = corpus, seq_len, packing, seed
         self.source_names = corpus.source_names
         weights = {name: float(weights[name]) for name in self.source_names if weights.get(name, 0) > 0}
         self.pools = self._make_pools(weights, _bounds(length_buckets))
         # A turn yields a row, and rows differ in fill: turns are proportional to tokens wanted over tokens a row.
         self._slots = SlotTable([pool.share * pool.plan.rows / pool.plan.tokens for pool in self.pools])
+        for source, shortened in self.shortened.items():
+            if shortened.conversations:
+                logger.warning("%s", shortened.sentence(source, seq_len, long_conversations))
         self.parts = self._fingerprint_parts(weights)
         self.fingerprint = hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -167,7 +176,14 @@ class TokenStream:
                 f"train.seq_len={self.seq_len} is longer than all training text together ({total:,} tokens in "
                 f"{', '.join(weights)}): use more data or a shorter length."
             )
-        pools = []
+        empty = [source for source, values in lengths.items() if not len(values)]
+        if empty:
+            raise ConfigError(
+                f"data.sources.{empty[0]} has no document to train on: data.validation_fraction="
+                f"{self.corpus.validation_fraction} holds all of them out. Lower it, or leave the source "
+                "out of data.weights."
+            )
+        pools: list[Pool] = []
         bucket_total = sum(weight for weight, _, _ in bounds)
         for weight, low, high in bounds:
             chosen = {source: (values >= low) & (values < (high or np.inf)) for source, values in lengths.items()}
@@ -186,6 +202,8 @@ class TokenStream:
                         source, low, high, share, documents[source][chosen[source]], lengths[source][chosen[source]]
                     )
                 )
+        for source in weights.keys() - {pool.source for pool in pools}:
+            logger.warning("%s has a weight, but none of its documents falls into data.length_buckets", source)
         return pools
 
     def _make_pool(
@@ -193,6 +211,7 @@ class TokenStream:
     ) -> Pool:
         shard = self.corpus.shards[source]
         key = derive_key(self.seed, "pool", source, low, high)
+        documents, lengths = self._shorten(source, documents, lengths)
         identity = (
             PACKING_FORMAT,
             shard.folder.name,
@@ -200,11 +219,28 @@ class TokenStream:
             self.corpus.validation_fraction,
             self.seq_len,
             self.packing,
+            self.long_conversations,
             key,
         )
         folder = self.corpus.cache_dir / "plans" / f"{source}-{derive_key(*identity):016x}"
         plan = plan_of(folder, documents, lengths, self.seq_len, self.packing, key)
         return Pool(source, self.source_names.index(source), low, high, share, len(documents), plan, key)
+
+    def _shorten(self, source: str, documents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shard, policy = self.corpus.shards[source], self.long_conversations
+        if policy != "split" and shard.mask is not None and self.packing == "concatenate":
+            raise ConfigError(
+                f"data.packing=concatenate cuts the conversations of {source} where a row ends: "
+                "use data.packing=best_fit, or data.long_conversations=split to have it so"
+            )
+        documents, lengths, done = shorten(shard, documents, lengths, self.seq_len, policy)
+        if not len(documents):
+            raise ConfigError(
+                f"data.long_conversations={policy}: every conversation of {source} is longer than "
+                f"train.seq_len={self.seq_len}"
+            )
+        self.shortened[source] = self.shortened.get(source, Shortened()) + done
+        return documents, lengths
 
     def _fingerprint_parts(self, weights: dict[str, float]) -> dict[str, Any]:
         parts: dict[str, Any] = {
@@ -212,6 +248,7 @@ class TokenStream:
             "tokenizer": self.corpus.tokenizer_fingerprint,
             "seq_len": self.seq_len,
             "packing": self.packing,
+            "long_conversations": self.long_conversations,
             "seed": self.seed,
             "validation_fraction": self.corpus.validation_fraction,
             "mixture": [[pool.name, int(turns)] for pool, turns in zip(self.pools, self._slots.turns)],

@@ -6,17 +6,23 @@ import numpy as np
 
 from internlm2.config import ConfigError
 from internlm2.data.corpus import Corpus
+from internlm2.data.long_conversations import shorten
 from internlm2.data.packing import plan_rows
 from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.rows import Row, build_row
 
 
 def validation_rows(
-    corpus: Corpus, seq_len: int, rows: int, sources: Iterable[str] | None = None
+    corpus: Corpus,
+    seq_len: int,
+    rows: int,
+    sources: Iterable[str] | None = None,
+    long_conversations: str = "cut",
 ) -> dict[str, list[Row]]:
     """Up to `rows` rows of at most `seq_len` tokens for each source that has held-out documents.
 
-    Documents stay whole where they fit (best fit); longer ones are cut, and every piece is used.
+    Documents stay whole where they fit (best fit); longer ones are cut, and every piece is used, except of
+    conversations (`long_conversations`): an answer without its question would measure something else.
     """
     found: dict[str, list[Row]] = {}
     for source in corpus.source_names if sources is None else sources:
@@ -25,6 +31,9 @@ def validation_rows(
             continue
         shard = corpus.shard(source)
         lengths = shard.lengths[documents]
+        documents, lengths, _ = shorten(shard, documents, lengths, seq_len, long_conversations)
+        if not len(documents):
+            continue
         row_starts, segments = plan_rows(documents, lengths, seq_len, "best_fit", derive_key("validation", source))
         chosen = shuffled(len(row_starts) - 1, derive_key("validation rows", source))[:rows]
         index = corpus.source_names.index(source)

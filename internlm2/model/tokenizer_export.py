@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm2.config import ConfigError
+from internlm2.model.chat_template import CHAT_TEMPLATE
 
 # ChatML markers of the released chat and reward models, and the spare pieces of the shipped vocabulary that they reuse.
 OFFICIAL_MARKERS = {
@@ -23,15 +24,6 @@ OFFICIAL_MARKERS = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
 }
 ALIASES = "tokenizer_aliases.json"
-
-# <s> once, then `<|im_start|>ROLE name=NAME\nCONTENT<|im_end|>\n` for each turn (chat format of the released models).
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
-    "{% if message['name'] %}{% if message['name'] in ['plugin', 'interpreter'] %}"
-    "{{ ' name=<|' + message['name'] + '|>' }}{% else %}{{ ' name=' + message['name'] }}{% endif %}{% endif %}"
-    "{{ '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
@@ -50,17 +42,16 @@ class TokenizerFacts:
 def export_tokenizer(source: Path, output: Path) -> TokenizerFacts:
     """Write the tokenizer of folder (or file) `source` into the folder `output`.
 
-    From tokenizer.model: that file, tokenizer.json, tokenizer_config.json and special_tokens_map.json. From
-    tokenizer.json alone: a copy, with its settings completed. ConfigError names a file that cannot be converted.
+    A tokenizer.json is copied with its settings, which are completed, and with a tokenizer.model beside it. A
+    tokenizer.model alone is converted. ConfigError names a file that cannot be converted.
     """
     folder = source if source.is_dir() else source.parent
-    model = source if source.is_file() and source.suffix != ".json" else folder / "tokenizer.model"
-    aliases = _read_json(folder / ALIASES)
-    if model.is_file() and (source.is_dir() or source == model):
-        return _export_sentencepiece(model, output, aliases)
-    stored = source if source.is_file() else folder / "tokenizer.json"
-    if stored.is_file():
-        return _export_json(stored, output, aliases)
+    stored = folder / "tokenizer.json" if source.is_dir() else source
+    if stored.suffix == ".json" and stored.is_file():
+        return _export_json(stored, output, _read_json(folder / ALIASES))
+    model = folder / "tokenizer.model" if source.is_dir() else source
+    if model.is_file():
+        return _export_sentencepiece(model, output, _read_json(folder / ALIASES))
     raise ConfigError(f"{source} holds neither tokenizer.model nor tokenizer.json.")
 
 
@@ -184,8 +175,9 @@ def _export_sentencepiece(model: Path, output: Path, aliases: dict[str, str]) ->
             for index, name in sorted(special.items())
         },
     }  # fmt: skip
-    if {"<|im_start|>", "<|im_end|>"} <= names.keys():
-        settings["chat_template"] = CHAT_TEMPLATE
+    template = _read_json(model.parent / "tokenizer_config.json").get("chat_template")
+    if template or {"<|im_start|>", "<|im_end|>"} <= names.keys():
+        settings["chat_template"] = template or CHAT_TEMPLATE
     _write_json(output / "tokenizer_config.json", settings)
     _write_json(output / "special_tokens_map.json", {**named, "additional_special_tokens": markers})
     stop = [trainer.eos_id, *([names["<|im_end|>"]] if "<|im_end|>" in names else [])]
@@ -201,6 +193,9 @@ def _export_json(stored: Path, output: Path, aliases: dict[str, str]) -> Tokeniz
     except Exception as error:  # the library raises plain Exception for every malformed file
         raise ConfigError(f"{stored} is not a tokenizer.json of the `tokenizers` library: {error}") from error
     shutil.copyfile(stored, output / "tokenizer.json")
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        if (stored.parent / name).is_file():
+            shutil.copyfile(stored.parent / name, output / name)
     settings = _read_json(stored.parent / "tokenizer_config.json")
     # Code named here would not travel with the folder, and transformers 5 runs such code wrongly.
     settings.pop("auto_map", None)
@@ -210,16 +205,17 @@ def _export_json(stored: Path, output: Path, aliases: dict[str, str]) -> Tokeniz
     usual = {"bos": ("<s>", "<|begin_of_text|>", "<|endoftext|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
     ids: dict[str, int] = {}
     for key, names in usual.items():
-        name = _content(settings.get(f"{key}_token"))
-        found = next((n for n in (name, *names) if n and tokenizer.token_to_id(n) is not None), None)
+        stated = _content(settings.get(f"{key}_token"))
+        found = next((name for name in (stated, *names) if name and tokenizer.token_to_id(name) is not None), None)
         if found is None:
             raise ConfigError(f"{stored} has no {key} token: name it in a tokenizer_config.json beside it.")
-        settings[f"{key}_token"], ids[key] = found, int(tokenizer.token_to_id(found))
+        settings[f"{key}_token"], ids[key] = found, tokenizer.get_vocab()[found]
     pad = tokenizer.token_to_id(_content(settings.get("pad_token")) or "")
     if pad is None:
         settings["pad_token"], pad = settings["eos_token"], ids["eos"]
     end = tokenizer.token_to_id(aliases.get("<|im_end|>", "<|im_end|>"))
-    if not aliases and tokenizer.token_to_id("<|im_start|>") is not None and end is not None:
+    speaks_chatml = not aliases and tokenizer.token_to_id("<|im_start|>") is not None and end is not None
+    if speaks_chatml and not (output / "chat_template.jinja").exists():
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     _write_json(output / "tokenizer_config.json", settings)
     named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token")}

@@ -1,28 +1,23 @@
 """InternLM2 (report 2.2): a LLaMA-style decoder with one fused, grouped projection for queries, keys and values.
 
 T tokens of all packed sequences, n sequences, C hidden size, G kv heads, R queries per kv head, H = G * R heads,
-D head dim, V vocabulary, B rows of a cache. Pre-norm, no bias anywhere. Parameter names are those of the released
-files.
+D head dim, V vocabulary. Pre-norm, no bias anywhere. Parameter names are those of the released files.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internlm2.config import ConfigError, ModelConfig
-from internlm2.model.cache import KVCache
 from internlm2.model.embedding import Embedding
 from internlm2.model.feed_forward import FeedForward
 from internlm2.model.initialization import initialize
 from internlm2.model.loss import cross_entropy_sum, token_cross_entropy
 from internlm2.model.norm import RMSNorm
 from internlm2.model.rope import RopeTables
-from internlm2.ops import Linear, decode_attention, rope_attention
-from internlm2.ops.reference import rotate, table_rows
+from internlm2.ops import Linear, rope_attention
 
 
 @dataclass
@@ -46,46 +41,15 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.hidden_size, self.groups * self.slots * self.head_dim, bias=False)
         self.wo = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def _project(self, x: Tensor) -> Tensor:
-        return self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim)
-
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        return self._attend(self._project(x), packing)
-
-    def _attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         out = rope_attention(
-            qkv,
+            self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim),
             packing.cos,
             packing.sin,
             packing.cu_seqlens,
             packing.max_seqlen,
             table_offsets=packing.table_offsets,
             backend=packing.backend,
-        )
-        return self.wo(out.flatten(1))
-
-    def prefill(
-        self, x: Tensor, packing: Packing, cache: KVCache, layer: int, rows: Tensor, positions: Tensor
-    ) -> Tensor:
-        qkv = self._project(x)
-        at = table_rows(packing.cu_seqlens, packing.table_offsets, len(x))
-        keys = rotate(qkv[:, :, -2], packing.cos[at], packing.sin[at]).to(qkv.dtype)
-        cache.fill(layer, rows, positions, keys, qkv[:, :, -1])
-        return self._attend(qkv, packing)
-
-    def decode(self, x: Tensor, cache: KVCache, layer: int, backend: str) -> Tensor:
-        qkv = self._project(x)  # [B, G, R + 2, D]
-        positions, at = cache.positions()
-        rotated = rotate(qkv[:, :, :-1].flatten(1, 2), cache.cos[at], cache.sin[at]).to(qkv.dtype)
-        rotated = rotated.view(len(x), self.groups, self.slots - 1, self.head_dim)
-        rows = torch.arange(len(x), device=x.device)
-        cache.fill(layer, rows, positions, rotated[:, :, -1], qkv[:, :, -1])
-        out = decode_attention(
-            rotated[:, :, :-1].flatten(1, 2),
-            cache.keys[layer],
-            cache.values[layer],
-            cache.lengths + 1,
-            backend=backend,
         )
         return self.wo(out.flatten(1))
 
@@ -102,16 +66,6 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         x = x + self.attention(self.attention_norm(x), packing)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-    def prefill(
-        self, x: Tensor, packing: Packing, cache: KVCache, layer: int, rows: Tensor, positions: Tensor
-    ) -> Tensor:
-        x = x + self.attention.prefill(self.attention_norm(x), packing, cache, layer, rows, positions)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-    def decode(self, x: Tensor, cache: KVCache, layer: int, backend: str) -> Tensor:
-        x = x + self.attention.decode(self.attention_norm(x), cache, layer, backend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -161,40 +115,6 @@ class InternLM2(nn.Module):
         else:
             (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
         return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
-
-    def new_cache(self, limits: list[int]) -> KVCache:
-        """An empty cache whose row b can grow to limits[b] tokens."""
-        weight: Tensor = self.tok_embeddings.weight
-        return KVCache(self.config, self.rope, limits, weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
-        """Read one packed prompt for each row of an empty cache -> hidden [T, C]; row b is sequence b of cu_seqlens."""
-        lengths = cu_seqlens.diff()
-        if len(lengths) != cache.rows or bool(cache.lengths.any()):
-            raise ValueError(
-                f"prefill needs an empty cache with one row a prompt: {len(lengths)} prompts, {cache.rows} rows."
-            )
-        longest = int(lengths.max())
-        if longest > cache.keys[0].shape[2]:
-            raise ValueError(f"the longest prompt has {longest} tokens, the cache holds {cache.keys[0].shape[2]}.")
-        packing = Packing(cu_seqlens, longest, cache.cos, cache.sin, cache.table_offsets, self.backend)
-        rows = torch.arange(cache.rows, device=ids.device).repeat_interleave(lengths.long(), output_size=len(ids))
-        positions = table_rows(cu_seqlens, None, len(ids))
-        x = self.tok_embeddings(ids)
-        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            x = layer.prefill(x, packing, cache, index, rows, positions)
-        cache.lengths = lengths.to(cache.lengths)
-        return self.norm(x)
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """One more token for each row, ids [B] int64 -> hidden [B, C]; the cache grows by one."""
-        x = self.tok_embeddings(ids)
-        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            x = layer.decode(x, cache, index, self.backend)
-        cache.lengths = cache.lengths + 1
-        return self.norm(x)
 
 
 class LMHead(Linear):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from internlm2.config import ConfigError
 from internlm2.data import record_files
 from internlm2.data.documents import BadRecord, Document
-from internlm2.data.record_files import files_units, internevo_units, json_units, parquet_units
+from internlm2.data.record_files import TextReader, files_units, internevo_units, json_units, parquet_units
 
 
 def read(units):
@@ -66,10 +66,10 @@ def test_any_division_into_ranges_reads_the_same(tmp_path_factory, lines, size, 
     path = tmp_path_factory.mktemp("ranges") / "a.jsonl"
     content = b"\n".join(json.dumps({"text": "t" + line.hex()}).encode() if line else b"" for line in lines)
     path.write_bytes(content + (b"\n" if final else b""))
-    whole = read(record_files.line_units(path, "a", "text"))
+    whole = read(record_files.line_units(path, "a", TextReader("text")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record_files, "RANGE_BYTES", size)
-        assert read(record_files.line_units(path, "a", "text")) == whole
+        assert read(record_files.line_units(path, "a", TextReader("text"))) == whole
     assert [value for _, _, value in whole] == ["t" + line.hex() for line in lines if line]
 
 

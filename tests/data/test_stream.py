@@ -1,6 +1,7 @@
 """The token stream: a pure function of (seed, position) that keeps shares, loses no token and never joins documents."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm2.config import ConfigError, LengthBucketConfig
+from internlm2.data.corpus import Corpus
+from internlm2.data.shards import Shard
 from internlm2.data.stream import TokenStream
 from internlm2.data.usage import usage_table
 
@@ -251,6 +254,18 @@ def test_clear_errors(corpus):
         make()[-1]
 
 
+def test_sources_that_contribute_nothing_are_named(build_corpus, caplog):
+    sources = {"code": documents(1, 40, 3, 30), "one": [[1, 5, 2]]}
+    corpus = build_corpus(sources)
+    with caplog.at_level("WARNING"):
+        TokenStream(corpus, {"code": 1, "one": 1}, 8, length_buckets=[LengthBucketConfig(weight=1.0, min_tokens=5)])
+    assert "one has a weight, but none of its documents falls into data.length_buckets" in caplog.text
+    held = build_corpus(sources, 0.5)
+    assert len(held.training_documents("one")) == 0
+    with pytest.raises(ConfigError, match=r"data\.sources\.one has no document to train on.*validation_fraction=0\.5"):
+        TokenStream(held, {"code": 1, "one": 1}, 8)
+
+
 def test_seeking_far_is_as_exact_as_near(corpus):
     stream = TokenStream(corpus, WEIGHTS, 24, seed=3)
     far = 10**15
@@ -258,3 +273,30 @@ def test_seeking_far_is_as_exact_as_near(corpus):
     counts = stream._slots.counts(far)
     pool, turn = stream._slots.locate(far)
     assert counts[pool] == turn
+
+
+@pytest.mark.slow
+def test_an_index_of_a_thousand_million_tokens(tmp_path):
+    """200,000 documents of 5,000 tokens; the token file is sparse. Any position is reached without reading the
+    others.
+    """
+    count, length = 200_000, 5_000
+    for name, values in {
+        "offsets": np.arange(count + 1) * length,
+        "split_hashes": np.full(count, 2**63, np.uint64),
+        "text_bytes": np.zeros(count, np.int64),
+        "file_index": np.zeros(count, np.int64),
+        "lines": np.arange(count),
+    }.items():
+        (tmp_path / f"{name}.bin").write_bytes(values.tobytes())
+    with open(tmp_path / "tokens.bin", "wb") as stream:
+        stream.truncate(2 * count * length)
+    meta = {"format": 1, "documents": count, "tokens": count * length, "masked_tokens": 0, "text_bytes": 0}
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"content": "synthetic", "vocab_size": 300}))
+    corpus = Corpus({"synthetic": Shard("synthetic", tmp_path)}, "none", 0.0, tmp_path / "cache")
+    stream = TokenStream(corpus, {"synthetic": 1.0}, 4096, "concatenate")
+    assert stream.pools[0].plan.tokens == 10**9
+    for position in (0, 244_140, 123_456, 10**12):
+        row = stream[position]
+        assert row.tokens in (4096, 10**9 % 4096)
+        assert (row.labels == -100).sum() in (0, 1)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm2.config import ConfigError
-from internlm2.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.data.tokenizer import load_tokenizer
 
 SAMPLES = [
     "def f(x):\n\treturn {'a': x ** 2}  # 1234567 π≈3.14159\n\n\n    pass\r\n",
@@ -50,6 +52,11 @@ def byte_level(tmp_path_factory):
         json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"})
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level_tokenizer(byte_level):
+    return HuggingFaceTokenizer(byte_level)
 
 
 def test_official_ids(official):
@@ -121,6 +128,14 @@ def test_lone_surrogates_are_refused(official):
 def test_decode_refuses_foreign_ids(official):
     with pytest.raises(ValueError, match="92544"):
         official.decode([92544])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_bytes_of_tokens_sum_to_the_bytes_of_the_text(official, byte_level_tokenizer, text):
+    for tokenizer in (official, byte_level_tokenizer):
+        assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+        assert tokenizer.token_bytes[[tokenizer.bos_id, *tokenizer.special_ids.values()]].sum() == 0
 
 
 def test_save_and_load(official, tmp_path):

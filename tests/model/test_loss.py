@@ -114,17 +114,17 @@ class LargestOutput(TorchDispatchMode):
 def test_a_long_row_never_allocates_tokens_by_words_or_tokens_by_tokens(shape, recompute):
     from dataclasses import replace
 
-    tokens = 8192
+    tokens = 4096
     config = replace(
-        shape("tiny"), vocab_size=32768, hidden_size=64, layers=1, heads=1, kv_heads=1, intermediate_size=64
+        shape("tiny"), vocab_size=16384, hidden_size=64, layers=1, heads=1, kv_heads=1, intermediate_size=64
     )
     model = CausalLM.from_config(config, dtype=torch.bfloat16, seed=0, recompute=recompute)
-    ids = torch.randint(32768, (tokens,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(16384, (tokens,), generator=torch.Generator().manual_seed(0))
     with LargestOutput() as seen:
         loss, _ = model.loss(ids, ids, torch.tensor([0, tokens], dtype=torch.int32), tokens)
         loss.backward()
     assert (
-        seen.largest >= 32768 * 64
+        seen.largest >= 16384 * 64
     )  # the mode does see the forward and backward: the embedding's gradient is this large
-    assert seen.largest < tokens * 4096, seen.name
+    assert seen.largest < tokens * 2048, seen.name
     assert model.model.tok_embeddings.weight.grad is not None

@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import TokenizersBackend
+from transformers import PreTrainedConfig, TokenizersBackend
 
-from internlm2.model.tokenizer_export import CHAT_TEMPLATE, convert_sentencepiece
+from internlm2.model.chat_template import CHAT_TEMPLATE
+from internlm2.model.tokenizer_export import convert_sentencepiece
+
+
+class TokenizerName(PreTrainedConfig):
+    """Key under which the tokenizer is registered; no model has this config."""
+
+    model_type = "internlm2-tokenizer"
 
 
 class InternLM2Tokenizer(TokenizersBackend):
