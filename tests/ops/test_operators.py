@@ -46,6 +46,10 @@ def test_opcheck_quantized(bits, symmetric):
     torch.library.opcheck(ops.quantized_linear, (torch.ones(3, 200, requires_grad=True), *parts, 16))
 
 
+def test_opcheck_few_rows_linear():
+    torch.library.opcheck(ops.few_rows_linear, (torch.ones(3, 40).bfloat16(), torch.ones(7, 40).bfloat16()))
+
+
 def test_compiles_without_graph_breaks():
     qkv, cos, sin, cu_seqlens, *_ = rope_case()
 
