@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass
 class AttentionCase:
-    """Random packed attention. T tokens, G groups, R queries a group, D head dim; offsets[i] shifts sequence i's rotation."""
+    """Random packed attention. T tokens, G groups, R queries a group, D head dim; `offsets` shift the rotation."""
 
     lengths: tuple[int, ...]
     groups: int = 2
     queries: int = 2
     dim: int = 64
     offsets: tuple[int, ...] | None = None
-    scale: float | None = None
+    scale: float = 0.1
     slack: int = 0  # how far max_seqlen lies above the longest sequence
     strided: bool = False  # qkv as a slice of a wider tensor
     seed: int = 0
@@ -33,8 +33,6 @@ class AttentionCase:
         self.max_seqlen = max(self.lengths, default=0) + self.slack
         self.cu_seqlens = torch.tensor((0, *self.lengths)).cumsum(0).to(torch.int32)
         self.table_offsets = None if self.offsets is None else torch.tensor(self.offsets, dtype=torch.int32)
-        if self.scale is None:
-            self.scale = self.dim**-0.5
         rows = max((o + n for o, n in zip(self.offsets or (0,) * len(self.lengths), self.lengths)), default=1)
         frequency = 1e4 ** (-torch.arange(self.dim // 2, dtype=torch.float64) / (self.dim // 2))
         # Rows up to max_seqlen must exist without offsets: the bindings insist, as they cannot see the lengths.
@@ -61,6 +59,7 @@ class AttentionCase:
             start += length
         out, lse = torch.cat(outs), torch.cat(lses, dim=1)
         out.backward(self.grad_out.double())
+        assert qkv.grad is not None
         return out.detach(), lse.detach(), qkv.grad
 
     def _sequence(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +128,7 @@ class DecodeCase:
         for b, length in enumerate(self.lengths):
             k, v = (x[b, :, :length].double().repeat_interleave(self.queries, dim=0) for x in (self.k, self.v))
             scores = torch.einsum("hd,hld->hl", self.q[b].double(), k) * self.dim**-0.5
-            rows.append(
-                torch.einsum("hl,hld->hd", scores.softmax(-1), v) if length else torch.zeros_like(v[:, 0:1].sum(1))
-            )
+            rows.append(torch.einsum("hl,hld->hd", scores.softmax(-1), v))  # no keys: an empty sum, zeros
         return torch.stack(rows)
 
 
@@ -166,9 +163,7 @@ class LinearCase:
         # [tiles, groups, output of a tile, input of a group]; padding holds arbitrary codes, which must not matter
         codes = torch.randint(top, (tiles, groups, 16, 128), generator=generator).to(torch.uint8)
         scales = (torch.rand(tiles, groups, 16, generator=generator) * 0.02 + 0.001).bfloat16()
-        zeros = torch.randint(top, (tiles, groups, 16) if self.asymmetric else (0,), generator=generator).to(
-            torch.uint8
-        )
+        zeros = torch.randint(top, scales.shape if self.asymmetric else (0,), generator=generator).to(torch.uint8)
         self.weight_arguments = (self._packed(codes), scales, zeros, self.bits, self.outputs, self.inputs)
         shift = zeros.double()[..., None] if self.asymmetric else top // 2
         values = (codes.double() - shift) * scales.double()[..., None]

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the CPU emulation and loads it as torch operators.
 
-One shared library holds the kernels, the emulation and the bindings under a namespace of its own, so that a mutant can be
-loaded beside the real build. Object files are kept in build/emulation by the hash of all sources and flags.
+One shared library holds the kernels, the emulation and the bindings under a namespace of its own, so that a mutant can
+be loaded beside the real build. Object files are kept in build/emulation by the hash of all sources and flags.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BUILD = REPOSITORY / "build" / "emulation"
 FOLDERS = ("cuda", "emulation")
 # No STB_GNU_UNIQUE and no interposition: two builds in one process must not share a variable or a function.
 FLAGS = (
-    *("-std=c++20", "-fPIC", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DINTERNLM2_EMULATION"),
+    *("-std=c++20", "-fPIC", "-g1", "-Wall", "-Wno-unknown-pragmas", "-DINTERNLM2_EMULATION"),
     *("-fvisibility=hidden", "-fno-gnu-unique"),
 )
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths()))
@@ -67,7 +67,7 @@ class Emulation:
 
 
 def sources(edits: dict[str, list[tuple[str, str]]] | None = None) -> dict[str, str]:
-    """All sources by path relative to csrc, with `edits` (path -> [(old, new)]) applied; `old` must occur exactly once."""
+    """All sources by path relative to csrc, with `edits` (path -> [(old, new)]) applied. `old` must occur once."""
     texts = {
         str(path.relative_to(CSRC)): path.read_text()
         for folder in FOLDERS
@@ -95,7 +95,7 @@ def build(
     objects: list[Path] = []
     commands: list[tuple[list[str], Path]] = []
     tree = BUILD / "sources" / _digest(*texts.values())
-    for name, text in texts.items():
+    for name in texts:
         if name.endswith((".h", ".cuh")):
             continue
         command = [compiler, *FLAGS, *flags]
@@ -119,15 +119,16 @@ def build(
     return library
 
 
-def build_plain(source: Path) -> Path:
+def build_plain(source: Path, flags: tuple[str, ...] = ()) -> Path:
     """A shared library of one test source and the emulation, without torch: called through ctypes."""
     compiler = _compiler()
     runtime = [CSRC / "emulation" / name for name in ("runtime.cpp", "shared_memory.cpp", "primitives.cpp")]
     texts = [source.read_text(), *sources().values()]
-    library = BUILD / f"lib{source.stem}-{_digest(*texts)}.so"
+    library = BUILD / f"lib{source.stem}-{_digest(*texts, *flags)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *FLAGS, "-O1", "-shared", "-x", "c++", str(source), *map(str, runtime), "-lpthread"]
+        inputs = ["-x", "c++", str(source), *map(str, runtime)]
+        command = [compiler, *FLAGS, *flags, "-O1", "-shared", *inputs, "-lpthread"]
         _compile(command, library)
     return library
 
@@ -137,7 +138,7 @@ def load(namespace: str = "internlm2_emulation", edits: dict[str, list[tuple[str
 
 
 def _compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++")
+    compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to compile the CUDA kernels for the CPU emulation")
     return compiler

@@ -206,7 +206,7 @@ def test_wrong_arithmetic_gives_wrong_results(name: str, mutant: Mutant) -> None
     ],
 )
 def test_schedules_alone_expose_a_missing_barrier(name: str, schedules: list) -> None:
-    """Second line of defence: without the race check, drifting warps and the landing time of copies spoil the result."""
+    """Second line of defence: without the race check, drifting warps and late or early copies spoil the result."""
     mutant = UNSYNCHRONISED[name]
     emulation = load(name, mutant)
     errors = []
