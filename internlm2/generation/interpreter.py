@@ -45,7 +45,7 @@ def network_cut() -> tuple[str, ...]:
     return command if tried.returncode == 0 else ()
 
 
-def run_python(code: str, limits: Limits = Limits()) -> str:  # noqa: B008  frozen
+def run_python(code: str, limits: Limits = Limits()) -> str:
     """What the code prints, errors included, followed by a note where it failed or ran into a limit."""
     with tempfile.TemporaryDirectory(prefix="internlm2-interpreter-") as folder:
         output, work = Path(folder) / "output", Path(folder) / "work"
@@ -53,7 +53,7 @@ def run_python(code: str, limits: Limits = Limits()) -> str:  # noqa: B008  froz
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(work), "TMPDIR": str(work), "LANG": "C.UTF-8"}
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [*network_cut(), sys.executable, "-I", "-X", "utf8", "-c", code],
+                [*network_cut(), sys.executable, "-I", "-u", "-X", "utf8", "-c", code],
                 cwd=work,
                 env=environment,
                 stdin=subprocess.DEVNULL,
