@@ -271,3 +271,10 @@ def test_quantized_weights(prompts, quantize):
     assert (
         torch.cat(errors).abs().mean() < (0.5 if quantize == "w4" else 1.0) * torch.cat(distances).abs().mean() + 0.02
     )
+
+
+def test_an_adapter_must_be_merged_first():
+    model = tiny_model()
+    model.model.layers[0].attention.wo = torch.nn.Sequential(model.model.layers[0].attention.wo)
+    with pytest.raises(ValueError, match="merge the adapter"):
+        Engine(model)

@@ -26,7 +26,8 @@ def test_code_is_taken_out_of_its_fence():
 
 
 def test_time_is_limited_with_all_that_was_started():
-    code = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\nwhile True: pass"
+    child = "import time; time.sleep(1.5); open('alive', 'w')"
+    code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True: pass"
     assert run_python(code, Limits(seconds=1.0)) == "[stopped after 1 seconds]"
 
 
