@@ -6,8 +6,8 @@
 
 Greedy, and no stop ids, so that each side makes exactly rows x new tokens. Rivals take turns with us in one process,
 and the best of --repeats runs counts for both. transformers runs with sdpa in bfloat16, left-padded, with its dynamic
-and its static cache, and the faster counts. llama.cpp runs from GGUF files that llama.cpp itself makes out of the wheel's
-(bfloat16, and each of Q4_0, Q4_K_M and Q8_0, of which the fastest counts), all rows in one llama_batch.
+and its static cache, and the faster counts. llama.cpp runs from GGUF files that llama.cpp itself makes out of the
+wheel's (bfloat16, and each of Q4_0, Q4_K_M and Q8_0, of which the fastest counts), all rows in one llama_batch.
 Times include reading the prompts.
 """
 
