@@ -1,4 +1,4 @@
-"""Run a stage of the InternLM2 recipe, or the whole of it. `python train.py --help` lists stages, models, data and examples."""
+"""Run a stage of the InternLM2 recipe, or the whole of it: `python train.py --help`."""
 
 import os
 import sys

@@ -34,9 +34,9 @@ from internlm2.data.corpus import Corpus
 from internlm2.data.documents import MemoryUnit
 from internlm2.data.encoding import encode_unit
 from internlm2.data.packing import plan_rows
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import FORMAT, Shard, write_shard
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import SentencePieceTokenizer
 from internlm2.data.tokenizer_training import train_model
 
 SEQ_LEN = 4096

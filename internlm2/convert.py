@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   python -m internlm2.convert runs/demo/enhance/checkpoints/step_00000400 --to llama --output exports/demo-llama
   python -m internlm2.convert downloads/internlm2-7b --to llama --output exports/internlm2-7b-llama
   python -m internlm2.convert smollm2 --to internlm2 --output exports/smollm2
+  python -m internlm2.convert smollm2 --adapter runs/demo/sft/adapter --to internlm2 --output exports/merged
 
 internlm2  the released layout: transformers 5 (after `import internlm2`, or with trust_remote_code), vLLM, SGLang,
            LMDeploy, llama.cpp
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--tokenizer", type=Path, help="folder with tokenizer.model or tokenizer.json, if not the source's"
     )
+    result.add_argument("--adapter", type=Path, help="folder with a LoRA or QLoRA adapter, merged into the weights")
     result.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (default 5)")
     result.add_argument(
         "--keep-dynamic-rope", action="store_true", help="write dynamic NTK into config.json; engines disagree about it"
@@ -67,6 +69,10 @@ def _convert(options: argparse.Namespace) -> None:
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
     weights = open_weights(options.source)
+    if options.adapter is not None:
+        from internlm2.model.adapters import adapted_weights
+
+        weights = adapted_weights(weights, options.adapter)
     print(f"read {weights.kind}: {weights.origin}")
     done = export_weights(
         weights,

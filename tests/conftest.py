@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the real InternLM2 tokenizer and GSM8K beside the checkout; tests that need it skip where it is absent."""
+    """The folder with the real InternLM2 tokenizer and GSM8K beside the checkout; skips where it is absent."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data beside the checkout")

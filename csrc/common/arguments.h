@@ -44,4 +44,12 @@ struct DecodeAttention {
   Parallel parallel;
 };
 
+struct FewRowsLinear {
+  const void* x;       // [rows, inputs] bfloat16, contiguous
+  const void* weight;  // [outputs, inputs] bfloat16, inputs contiguous
+  int64_t weight_stride, rows, inputs, outputs;
+  void* y;  // [rows, outputs]
+  Parallel parallel;
+};
+
 }  // namespace internlm2

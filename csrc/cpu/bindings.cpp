@@ -244,6 +244,22 @@ Tensor quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, in
   return y;
 }
 
+Tensor few_rows_linear(Tensor x, Tensor weight) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16 && x.is_contiguous() && x.dim() >= 1,
+                  "few_rows_linear: x must be contiguous bfloat16 [..., in_features] on the CPU, got ", shape(x), ".");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2 && weight.stride(1) == 1 &&
+                      weight.size(1) == x.size(x.dim() - 1) && weight.size(1) > 0,
+                  "few_rows_linear: the weight must be bfloat16 [out_features, ", x.size(x.dim() - 1),
+                  "] on the CPU with contiguous rows, got ", shape(weight), ".");
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() = weight.size(0);
+  Tensor y = torch::stable::new_empty(x, size);
+  internlm2::FewRowsLinear a{x.data_ptr(),   weight.data_ptr(), weight.stride(0), x.numel() / weight.size(1),
+                             weight.size(1), weight.size(0),    y.data_ptr(),     parallel};
+  internlm2::kernels().few_rows_linear(a);
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
@@ -251,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
 }

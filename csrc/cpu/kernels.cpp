@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "decode_attention.h"
+#include "few_rows_linear.h"
 #include "quantized_linear.h"
 #include "rope_attention_backward.h"
 #include "rope_attention_forward.h"
@@ -47,11 +48,13 @@ void linear(const QuantizedLinear& a) {
   a.dtype == Dtype::bfloat16 ? quantized_linear<bfloat16>(a) : quantized_linear<float>(a);
 }
 
+void few_rows_linear(const FewRowsLinear& a) { FewRowsLinearKernel<bfloat16>(a).run(); }
+
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     INTERNLM2_NAME(INTERNLM2_ISA), rope_attention_forward, rope_attention_backward, decode_attention,
-    quantize_weight,               dequantize_weight,      linear};
+    quantize_weight,               dequantize_weight,      linear,                  few_rows_linear};
 
 }  // namespace internlm2::INTERNLM2_ISA

@@ -14,6 +14,7 @@ struct Kernels {
   void (*quantize)(const Quantize&);
   void (*dequantize)(const Quantize&);
   void (*quantized_linear)(const QuantizedLinear&);
+  void (*few_rows_linear)(const FewRowsLinear&);
 };
 
 // The widest table that this processor runs; INTERNLM2_CPU_ISA names another one (tests run them all).

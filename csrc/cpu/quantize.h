@@ -96,13 +96,16 @@ static void quantize(const Quantize& a) {
       std::memset(x, 0, sizeof(x));
       if (channel < w.out_features) {
         const T* row = static_cast<const T*>(a.source) + channel * a.row_stride + first;
-        for (int64_t i = 0; i < count; i++) x[i] = widen_one(row[i]);
+        if (count == GROUP)
+          for (int64_t i = 0; i < GROUP; i += WIDTH) store(x + i, widen(row + i));
+        else
+          for (int64_t i = 0; i < count; i++) x[i] = widen_one(row[i]);
       }
       const Range range = choose_range(x, w.bits, symmetric);
       const float scale = scale_of(range.scale), zero = range.zero;
       for (int64_t i = 0; i < GROUP; i += WIDTH) {
         const Floats code = scale == 0.f ? splat(zero) : clamp(round_even(clamp(widen(x + i) / scale, -512, 512)) + zero, 0, most_code);
-        for (int64_t l = 0; l < WIDTH; l++) codes[i + l] = (uint8_t)(int)code[l];
+        store(codes + i, __builtin_convertvector(__builtin_convertvector(code, Ints), Bytes));
       }
       put_codes(codes, w.bits, c, w.packed + item * quantized_bytes(w.bits));
       w.scales[item * TILE + c] = range.scale;
@@ -122,10 +125,18 @@ static void dequantize(const Quantize& a) {
       const float zero = w.zeros ? w.zeros[item * TILE + c] : w.bits == 4 ? 8.f : 128.f;
       const float scale = scale_of(w.scales[item * TILE + c]);
       alignas(64) float x[GROUP];
-      for (int64_t i = 0; i < GROUP; i++) x[i] = ((float)codes[i] - zero) * scale;
+      for (int64_t i = 0; i < GROUP; i += WIDTH) {
+        const Floats code = __builtin_convertvector(__builtin_convertvector(load<Bytes>(codes + i), Ints), Floats);
+        store(x + i, (code - zero) * scale);
+      }
+      T* target = static_cast<T*>(a.target) + (tile * TILE + c) * w.in_features + first;
+      if (count == GROUP) {
+        convert(x, GROUP, target);
+        continue;
+      }
       T y[GROUP];
       convert(x, GROUP, y);
-      std::memcpy(static_cast<T*>(a.target) + (tile * TILE + c) * w.in_features + first, y, count * sizeof(T));
+      std::memcpy(target, y, count * sizeof(T));
     }
   });
 }

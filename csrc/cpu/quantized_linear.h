@@ -16,9 +16,10 @@ namespace internlm2::INTERNLM2_ISA {
 // Activations as the products need them: int8 with scale and sum per group, or bfloat16 with sum per group.
 struct Activations {
   int64_t rows, groups;
-  Buffer<int8_t> codes;       // [M, K]
-  Buffer<bfloat16> values;    // [M, K], reordered within blocks
-  Buffer<float> rounded;      // [M, K], for the plain path
+  // [groups, M, 128]: the rows of a group lie close together, else a stride of K would crowd a few cache sets.
+  Buffer<int8_t> codes;
+  Buffer<bfloat16> values;    // reordered within blocks
+  Buffer<float> rounded;      // for the plain path
   Buffer<float> scales;       // [M, groups]
   Buffer<int32_t> code_sums;  // [M, groups]
   Buffer<float> sums;         // [M, groups]
@@ -62,12 +63,12 @@ static inline float quantize_group(const float* x, int8_t* codes, int32_t* code_
 
 template <class T>
 static void prepare(const QuantizedLinear& a, bool plain, Activations& out) {
-  const int64_t groups = out.groups = a.weight.groups(), padded = groups * GROUP;
+  const int64_t groups = out.groups = a.weight.groups(), size = a.rows * groups * GROUP;
   const bool eight = a.act_bits == 8;
   out.rows = a.rows;
-  if (eight) out.codes.allocate(a.rows * padded), out.scales.allocate(a.rows * groups), out.code_sums.allocate(a.rows * groups);
-  if (plain) out.rounded.allocate(a.rows * padded);
-  if (!plain && !eight) out.values.allocate(a.rows * padded), out.sums.allocate(a.rows * groups);
+  if (eight) out.codes.allocate(size), out.scales.allocate(a.rows * groups), out.code_sums.allocate(a.rows * groups);
+  if (plain) out.rounded.allocate(size);
+  if (!plain && !eight) out.values.allocate(size), out.sums.allocate(a.rows * groups);
   // In each block, the order in which shifted words give up their inputs.
   static constexpr int ORDER4[8] = {0, 2, 4, 6, 1, 3, 5, 7}, ORDER8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   const int* order = a.weight.bits == 4 ? ORDER4 : ORDER8;
@@ -77,7 +78,7 @@ static void prepare(const QuantizedLinear& a, bool plain, Activations& out) {
     alignas(64) bfloat16 narrow_x[GROUP];
     for (int64_t m = item * grain; m < least(a.rows, (item + 1) * grain); m++)
       for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = m * padded + g * GROUP;
+        const int64_t at = (g * a.rows + m) * GROUP;
         read_group<T>(a, m, g, x);
         if (eight) {
           const float scale = out.scales[m * groups + g] = quantize_group(x, &out.codes[at], &out.code_sums[m * groups + g]);
@@ -105,7 +106,7 @@ static void linear_plain(const QuantizedLinear& a) {
   constexpr int64_t TILES = PANEL > TILE ? PANEL / TILE : 1, COLUMNS = TILES * TILE;
   Activations x;
   prepare<T>(a, true, x);
-  const int64_t groups = w.groups(), padded = groups * GROUP;
+  const int64_t groups = w.groups();
   for_each(a.parallel, (w.tiles() + TILES - 1) / TILES, [&](int64_t item) {
     const int64_t first = item * TILES, tiles = least(TILES, w.tiles() - first);
     Buffer<float> unpacked(GROUP * COLUMNS), sums(a.rows * COLUMNS);
@@ -121,7 +122,7 @@ static void linear_plain(const QuantizedLinear& a) {
           for (int64_t k = 0; k < GROUP; k++) unpacked[k * COLUMNS + t * TILE + c] = ((float)codes[k] - zero) * scale;
         }
       }
-      gemm<Float32Engine, true>(reinterpret_cast<const Lane*>(&x.rounded[g * GROUP]), padded,
+      gemm<Float32Engine, true>(reinterpret_cast<const Lane*>(&x.rounded[g * a.rows * GROUP]), GROUP,
                                 reinterpret_cast<const Lane*>(unpacked.get()), COLUMNS, GROUP, sums.get(), COLUMNS, a.rows,
                                 tiles * TILE);
     }
@@ -135,6 +136,49 @@ static void linear_plain(const QuantizedLinear& a) {
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+// The bfloat16 of -8 .. 7, twice: the index of a lookup has one bit more than a code.
+static inline __m512i lookup_table() {
+  alignas(64) bfloat16 entries[32];
+  for (int i = 0; i < 32; i++) {
+    const float value = (float)((i & 15) - 8);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    entries[i] = (bfloat16)(bits >> 16);
+  }
+  return _mm512_load_si512(entries);
+}
+
+// The p-th pair of codes in a word as bfloat16, less the implicit zero point.
+template <int BITS>
+static inline __m512i pair(__m512i word, int p, __m512i table) {
+  if constexpr (BITS == 4) return _mm512_permutexvar_epi16(p ? _mm512_srli_epi16(word, 4 * p) : word, table);
+  const __m512i codes = p ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(255));
+  const __m512 offset = _mm512_set1_ps(128.f);  // integers below 256 are exact in bfloat16: its bits are float32's top half
+  const __m512 low = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xffff))), offset);
+  const __m512 high = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 16)), offset);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+}
+
+// Weight scale and zero point of 16 channels of a group, as the sums need them.
+template <int BITS, int ACT_BITS, bool SYMMETRIC>
+struct Correction {
+  __m512 scale, zero;
+  Correction(const QuantizedWeight& w, int64_t at) : scale((__m512)widen(w.scales + at)), zero(_mm512_setzero_ps()) {
+    if constexpr (!SYMMETRIC) {
+      zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at))));
+      if (ACT_BITS == 16) zero = _mm512_sub_ps(zero, _mm512_set1_ps(BITS == 4 ? 8.f : 128.f));
+    }
+  }
+  __m512 add(__m512 total, __m512 value, const Activations& x, int64_t group) const {
+    if constexpr (!SYMMETRIC) {
+      const float sum = ACT_BITS == 8 ? (float)x.code_sums[group] : x.sums[group];
+      value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum), value);
+    }
+    const __m512 factor = ACT_BITS == 8 ? _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[group])) : scale;
+    return _mm512_fmadd_ps(value, factor, total);
+  }
+};
 
 // ROWS tokens by TILES tiles of 16 channels.
 template <class T, int BITS, int ACT_BITS, bool SYMMETRIC, int ROWS, int TILES>
@@ -157,23 +201,8 @@ class Block {
       else
         float_sums(w, x, tile, row, g, sums);
       for (int n = 0; n < TILES; n++) {
-        const int64_t at = ((tile + n) * groups + g) * TILE;
-        const __m512 scale = (__m512)widen(w.scales + at);
-        __m512 zero = _mm512_setzero_ps();
-        if constexpr (!SYMMETRIC) {
-          zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at))));
-          if (ACT_BITS == 16) zero = _mm512_sub_ps(zero, _mm512_set1_ps(BITS == 4 ? 8.f : 128.f));
-        }
-        for (int m = 0; m < ROWS; m++) {
-          const int64_t group = (row + m) * groups + g;
-          __m512 factor = scale, value = sums[m][n];
-          if constexpr (!SYMMETRIC) {
-            const float sum = ACT_BITS == 8 ? (float)x.code_sums[group] : x.sums[group];
-            value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum), value);
-          }
-          if constexpr (ACT_BITS == 8) factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[group]));
-          total[m][n] = _mm512_fmadd_ps(value, factor, total[m][n]);
-        }
+        const Correction<BITS, ACT_BITS, SYMMETRIC> correction(w, ((tile + n) * groups + g) * TILE);
+        for (int m = 0; m < ROWS; m++) total[m][n] = correction.add(total[m][n], sums[m][n], x, (row + m) * groups + g);
       }
     }
     for (int m = 0; m < ROWS; m++)
@@ -189,7 +218,6 @@ class Block {
 
   static inline __attribute__((always_inline)) void integer_sums(
       const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, int64_t g, __m512 (&out)[ROWS][TILES]) {
-    const int64_t padded = x.groups * GROUP;
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i sums[CHAINS][ROWS][TILES];
     for (int m = 0; m < ROWS; m++) {
@@ -212,7 +240,7 @@ class Block {
       for (int p = 0; p < PARTS; p++)
         for (int m = 0; m < ROWS; m++) {
           int32_t four;
-          std::memcpy(&four, &x.codes[(row + m) * padded + g * GROUP + b * INPUTS + 4 * p], 4);
+          std::memcpy(&four, &x.codes[(g * x.rows + row + m) * GROUP + b * INPUTS + 4 * p], 4);
           const int chain = CHAINS == 2 ? (PARTS == 2 ? p : b % 2) : 0;
           for (int n = 0; n < TILES; n++)
             sums[chain][m][n] = _mm512_dpbusd_epi32(sums[chain][m][n], part[p][n], _mm512_set1_epi32(four));
@@ -223,27 +251,9 @@ class Block {
         out[m][n] = _mm512_cvtepi32_ps(CHAINS == 2 ? _mm512_add_epi32(sums[0][m][n], sums[CHAINS - 1][m][n]) : sums[0][m][n]);
   }
 
-  // Codes of inputs (i, i') of a word as a bfloat16 pair, less the implicit zero point.
-  static inline __m512i pair(__m512i word, int p, __m512i table) {
-    if constexpr (BITS == 4) return _mm512_permutexvar_epi16(p ? _mm512_srli_epi16(word, 4 * p) : word, table);
-    const __m512i codes = p ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(255));
-    const __m512 offset = _mm512_set1_ps(128.f);  // integers below 256 are exact in bfloat16: its bits are float32's top half
-    const __m512 low = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xffff))), offset);
-    const __m512 high = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 16)), offset);
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
-  }
-
   static inline __attribute__((always_inline)) void float_sums(
       const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, int64_t g, __m512 (&out)[ROWS][TILES]) {
-    const int64_t padded = x.groups * GROUP;
-    alignas(64) bfloat16 entries[32];
-    for (int i = 0; i < 32; i++) {  // -8 .. 7, twice: the index has one bit more than a code
-      const float value = (float)((i & 15) - 8);
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      entries[i] = (bfloat16)(bits >> 16);
-    }
-    const __m512i table = _mm512_load_si512(entries);
+    const __m512i table = lookup_table();
     __m512 sums[CHAINS][ROWS][TILES];
     for (int m = 0; m < ROWS; m++)
       for (int n = 0; n < TILES; n++) sums[0][m][n] = sums[CHAINS - 1][m][n] = _mm512_setzero_ps();
@@ -254,10 +264,10 @@ class Block {
 #pragma GCC unroll 4
       for (int p = 0; p < INPUTS / 2; p++) {
         __m512bh weights[TILES];
-        for (int n = 0; n < TILES; n++) weights[n] = (__m512bh)pair(word[n], p, table);
+        for (int n = 0; n < TILES; n++) weights[n] = (__m512bh)pair<BITS>(word[n], p, table);
         for (int m = 0; m < ROWS; m++) {
           int32_t two;
-          std::memcpy(&two, &x.values[(row + m) * padded + g * GROUP + b * INPUTS + 2 * p], 4);
+          std::memcpy(&two, &x.values[(g * x.rows + row + m) * GROUP + b * INPUTS + 2 * p], 4);
           __m512(&sum)[ROWS][TILES] = sums[CHAINS == 2 ? p % 2 : 0];
           for (int n = 0; n < TILES; n++)
             sum[m][n] = _mm512_dpbf16_ps(sum[m][n], weights[n], (__m512bh)_mm512_set1_epi32(two));

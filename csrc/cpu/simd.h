@@ -24,7 +24,9 @@ constexpr int WIDTH = 4;
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Shorts __attribute__((vector_size(WIDTH * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
 
 using bfloat16 = uint16_t;
 typedef uint32_t Lane __attribute__((may_alias));  // one float, or two neighbouring bfloat16

@@ -2,6 +2,7 @@
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.schema import (
+    AdapterConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -20,6 +21,7 @@ from internlm2.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -1,5 +1,7 @@
-"""Checks of a composed config: bounds and choices of single keys, then rules between keys. Each failure is one sentence that names
-the keys and a value that works."""
+"""Checks of a composed config: bounds and choices of single keys, then rules between keys.
+
+Each failure is one sentence that names the keys and a value that works.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -21,7 +23,9 @@ def check(config: Config) -> None:
     _check_schedule(config)
     _check_data(config)
     if config.stage.previous is None and config.init_from == "previous":
-        raise ConfigError(f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null.")
+        raise ConfigError(
+            f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
+        )
 
 
 def _annotated_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -55,14 +59,15 @@ def check_model(model: ModelConfig) -> None:
     if model.heads % model.kv_heads:
         good = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         raise ConfigError(
-            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: use one of {', '.join(map(str, good))}."
+            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}: "
+            f"use one of {', '.join(map(str, good))}."
         )
     if model.head_dim % 2:
         raise ConfigError(f"model.head_dim={model.head_dim} must be even: RoPE rotates pairs of dimensions.")
     if model.heads * model.head_dim != model.hidden_size:
         raise ConfigError(
-            f"model.heads={model.heads} x model.head_dim={model.head_dim} must equal model.hidden_size={model.hidden_size}: "
-            f"use model.hidden_size={model.heads * model.head_dim}."
+            f"model.heads={model.heads} x model.head_dim={model.head_dim} must equal "
+            f"model.hidden_size={model.hidden_size}: use model.hidden_size={model.heads * model.head_dim}."
         )
 
 
@@ -77,11 +82,11 @@ def _check_lengths(config: Config) -> None:
     if train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
-            f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = {forward_tokens}: "
-            f"use train.batch_tokens={nearest}."
+            f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "
+            f"{forward_tokens}: use train.batch_tokens={nearest}."
         )
-    if train.steps is None and train.tokens is None:
-        raise ConfigError("The length of the stage is missing: give train.steps or train.tokens.")
+    if train.steps is None and train.tokens is None and not train.epochs:
+        raise ConfigError("The length of the stage is missing: give train.steps, train.tokens or train.epochs.")
 
 
 def _check_schedule(config: Config) -> None:
@@ -99,13 +104,15 @@ def _check_data(config: Config) -> None:
     data, stage = config.data, config.stage.name
     if stage not in data.weights:
         raise ConfigError(
-            f"data={data.name} has no mixture for stage {stage}: add data.weights.{stage}, a weight in tokens for each source "
-            f"({', '.join(data.sources)})."
+            f"data={data.name} has no mixture for stage {stage}: add data.weights.{stage}, a weight in tokens for each "
+            f"source ({', '.join(data.sources)})."
         )
     weights = data.weights[stage]
     for source, weight in weights.items():
         if source not in data.sources:
-            raise ConfigError(f"data.weights.{stage}.{source}: no such source; data.sources has {', '.join(data.sources)}.")
+            raise ConfigError(
+                f"data.weights.{stage}.{source}: no such source; data.sources has {', '.join(data.sources)}."
+            )
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"data.weights.{stage}.{source}={weight} must be a finite number of at least 0.")
     if not sum(weights.values()) > 0:
@@ -116,10 +123,13 @@ def _check_data(config: Config) -> None:
     if tokenizer.kind == "train":
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
-                f"data.tokenizer.vocab_size={tokenizer.vocab_size} and model.vocab_size={config.model.vocab_size} differ: "
-                f"use data.tokenizer.vocab_size={config.model.vocab_size}."
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size} and model.vocab_size={config.model.vocab_size} "
+                f"differ: use data.tokenizer.vocab_size={config.model.vocab_size}."
             )
+    elif tokenizer.kind == "inherit":
+        if config.init_from is None:
+            raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
-    elif not Path(tokenizer.path).is_file():
-        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file.")
+    elif not Path(tokenizer.path).exists():
+        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file or folder.")

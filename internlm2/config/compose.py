@@ -40,10 +40,11 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose_stages(composed: DictConfig, hydra: HydraConf) -> list[Config]:
-    """The configs of the stages that a command runs: one, or for stage=recipe each of its stages with the same overrides.
+    """The configs of the stages that a command runs: one, or for stage=recipe each of its stages.
 
-    All are checked before the first starts. Of the command line's overrides `stage=` is replaced, and `init_from=` belongs to the
-    first stage. In a sweep each run gets a directory of its own, named after what was swept."""
+    All are checked before the first starts. Each gets the command line's overrides, except that `stage=` is replaced
+    and that `init_from=` belongs to the first. In a sweep each run gets a directory named after what was swept.
+    """
     configs = _compose_each(to_config(composed), list(hydra.overrides.task))
     if hydra.mode == RunMode.MULTIRUN and hydra.job.override_dirname:
         for config in configs:
@@ -56,7 +57,11 @@ def _compose_each(first: Config, overrides: list[str]) -> list[Config]:
         return [first]
     configs = []
     for index, stage in enumerate(first.stage.stages):
-        kept = [text for text in overrides if not text.startswith("stage=") and (index == 0 or not text.startswith("init_from="))]
+        kept = [
+            text
+            for text in overrides
+            if not text.startswith("stage=") and (index == 0 or not text.startswith("init_from="))
+        ]
         try:
             configs.append(to_config(compose("train", overrides=[f"stage={stage}", *kept])))
         except (HydraException, OmegaConfBaseException, ConfigError) as error:

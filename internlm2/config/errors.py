@@ -2,4 +2,4 @@
 
 
 class ConfigError(ValueError):
-    """Input that the user can mend: its text is one or two sentences that name the key, file or line, and what to do."""
+    """Input that the user can mend: one or two sentences that name the key, file or line, and what to do."""

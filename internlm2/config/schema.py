@@ -1,7 +1,7 @@
 """The typed, closed schema of conf/: types, bounds and choices. Values, comments and defaults stand in the YAML files.
 
-No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong
-config must fail within a second or two.
+No field has a default here (`MISSING`), so that each default stands in one place. Imports nothing heavy: a wrong config
+must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
@@ -11,17 +11,13 @@ from omegaconf import MISSING
 
 
 def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or a closed set of choices; `internlm2.config.checks` enforces
-    them.
-    """
+    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
     return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
 
 
 @dataclass
 class RopeScalingConfig:
-    """Extrapolation beyond `max_position_embeddings` at inference (the released chat models use dynamic NTK, factor 2
-    or 3).
-    """
+    """Extrapolation beyond `max_position_embeddings`; the released chat models use dynamic NTK, factor 2 or 3."""
 
     kind: str = _key(choices=("none", "linear", "dynamic"))
     factor: float = _key(minimum=1.0)
@@ -69,7 +65,7 @@ class TokenizerConfig:
     `aliases` gives a marker such as `<|reward|>` a spare piece of a vocabulary that has none for it.
     """
 
-    kind: str = _key(choices=("train", "sentencepiece", "huggingface"))
+    kind: str = _key(choices=("train", "inherit", "sentencepiece", "huggingface"))
     path: str | None = MISSING
     vocab_size: int | None = _key(minimum=300)
     train_bytes: int = _key(minimum=1)
@@ -122,6 +118,18 @@ class DataConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """Low-rank adapters on a frozen model; kind=none trains all weights. `bits` belongs to kind=qlora."""
+
+    kind: str = _key(choices=("none", "lora", "qlora"))
+    rank: int = _key(minimum=1)
+    alpha: float = _key(minimum=0.0)
+    dropout: float = _key(minimum=0.0, maximum=0.99)
+    targets: list[str] = MISSING
+    bits: int = _key(minimum=4, maximum=8)
+
+
+@dataclass
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -156,13 +164,29 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """Length and size of a stage: `steps` if given, else as many as `tokens` need."""
+    """Length and size of a stage: `steps` if given, else as many as `tokens` need, else `epochs` over its data."""
 
     seq_len: int = _key(minimum=2)
     batch_tokens: int = _key(minimum=1)
     micro_batch: int = _key(minimum=1)
     steps: int | None = _key(minimum=1)
     tokens: int | None = _key(minimum=1)
+    epochs: float | None = _key(minimum=0.0)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of seq_len tokens in one optimizer step, over all ranks and micro-batches."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.steps or max(1, (self.tokens or 0) // self.batch_tokens)
+
+    @property
+    def by_epochs(self) -> bool:
+        """Does the length of the stage follow from its data?"""
+        return self.steps is None and self.tokens is None
 
 
 @dataclass
@@ -210,7 +234,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -228,6 +252,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)

@@ -4,6 +4,7 @@ several processes.
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import uuid
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from internlm2.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -78,7 +81,11 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as stream:
         # Some network file systems refuse locks.
         with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that makes %s", path.name.removesuffix(".lock"))
+                fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 

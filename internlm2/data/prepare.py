@@ -10,10 +10,12 @@ from internlm2.data.cache import build_once
 from internlm2.data.corpus import Corpus
 from internlm2.data.documents import BadRecord
 from internlm2.data.encoding import split_hash
+from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
 from internlm2.data.permutation import derive_key, shuffled
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import shard_of
 from internlm2.data.sources import Source, check_sources, open_sources
-from internlm2.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.tokenizer_training import TRAINER_VERSION, train_model
 
 logger = logging.getLogger(__name__)

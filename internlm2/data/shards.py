@@ -8,7 +8,7 @@ mask): it is equal on every machine.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from internlm2.config import ConfigError
 from internlm2.data.cache import build_once
 from internlm2.data.documents import BadRecord
 from internlm2.data.encoding import EncodedUnit, encode_units, token_type
+from internlm2.data.progress import with_bar, with_log
 from internlm2.data.sources import Source
 from internlm2.data.tokenizer import Tokenizer
 
@@ -114,9 +115,9 @@ def shard_of(
     def build(temporary: Path) -> None:
         units = source.units()
         encoded = encode_units(units, tokenizer, workers)
-        if progress:
-            encoded = _with_progress(encoded, source.name, sum(unit.size for unit in units))
-        write_shard(temporary, source.name, encoded, tokenizer, strict=strict)
+        follow = with_bar if progress else with_log
+        watched = follow(encoded, f"tokenizing {source.name}", sum(unit.size for unit in units))
+        write_shard(temporary, source.name, watched, tokenizer, strict=strict)
 
     build_once(folder, is_complete, build)
     shard = Shard(source.name, folder)
@@ -250,22 +251,3 @@ class _Writer:
             "sizes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _with_progress(units: Iterator[EncodedUnit], name: str, size: int) -> Iterator[EncodedUnit]:
-    """Show a bar of input bytes on standard error while the units come in."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("tokenizing {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=size)
-        for unit in units:
-            bar.advance(task, unit.size)
-            yield unit

@@ -127,6 +127,8 @@ def check_sources(config: DataConfig) -> None:
             raise ConfigError(
                 "data.tokenizer.kind=train needs text, and every source holds tokens: give the tokenizer that made them"
             )
+    elif tokenizer.kind == "inherit":
+        return  # the stage puts the file of the inherited weights in its place
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path")
     elif not Path(tokenizer.path).expanduser().exists():

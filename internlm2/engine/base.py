@@ -85,8 +85,8 @@ class Engine(Protocol):
     """One model in training. `single` is plain PyTorch in one process; engines over many ranks offer the same.
 
     After writing to fragments call `fragments_changed()`. `reduce_sum` is the one collective that other rooms use:
-    sums of floats over all ranks, the same result on each (a maximum or an any() of flags can be read from sums as
-    well).
+    sums of floats over all ranks in float64, the same result on each (a maximum or an any() of flags can be read from
+    sums as well).
     """
 
     rank: int

@@ -18,6 +18,7 @@ from internlm2.engine.checkpoint_format import (
     file_hash,
     list_checkpoints,
     parse_key,
+    step_directory,
 )
 
 log = logging.getLogger(__name__)
@@ -62,10 +63,14 @@ def find_newest(
     """(newest checkpoint below `directory` that every rank finds whole, one sentence for each newer one that was
     skipped).
 
-    None where there is no usable checkpoint. Collective: every rank calls it and gets the same path.
+    None where there is no usable checkpoint. Collective: every rank calls it and gets the same path. The candidates are
+    those that rank 0 sees, after its writer has published: another rank's listing may be older.
     """
     skipped: list[str] = []
-    for _, path in reversed(list_checkpoints(directory)):
+    listed = [step for step, _ in reversed(list_checkpoints(directory))] if rank == 0 else []
+    for number in range(int(reduce_sum([float(len(listed))])[0])):
+        step = int(reduce_sum([float(listed[number]) if rank == 0 else 0.0])[0])
+        path = step_directory(directory, step)
         fault = find_fault(path, rank=rank, world_size=world_size)
         if reduce_sum([0.0 if fault is None else 1.0])[0] == 0:
             return path, skipped

@@ -27,10 +27,15 @@ class LossByPosition:
 
 
 @torch.no_grad()
-def loss_by_position(model: CausalLM, rows: Mapping[str, Sequence[Row]], seq_len: int, bins: int = 32) -> LossByPosition:
+def loss_by_position(
+    model: CausalLM, rows: Mapping[str, Sequence[Row]], seq_len: int, bins: int = 32
+) -> LossByPosition:
     """Over rows that each hold the beginning of one document, so that position t has t tokens of context."""
     width = max(1, seq_len // bins)
-    total, count = torch.zeros(-(-seq_len // width), dtype=torch.float64), torch.zeros(-(-seq_len // width), dtype=torch.int64)
+    total, count = (
+        torch.zeros(-(-seq_len // width), dtype=torch.float64),
+        torch.zeros(-(-seq_len // width), dtype=torch.int64),
+    )
     was_training = model.training
     model.eval()
     for row in (row for part in rows.values() for row in part):

@@ -109,7 +109,7 @@ class Engine:
         self.clear()
 
     def refresh(self) -> None:
-        """Take over the model's weights after a training step. Rows in flight would mix two models and are dropped."""
+        """Take over the model's weights after a training step. Rows in flight are dropped: they would mix models."""
         self.clear()
         self.network.refresh()
 

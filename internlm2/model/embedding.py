@@ -7,18 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """ids [T] int64 -> rows of weight [V, C]."""
-
-    def __init__(self, vocab_size: int, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def forward(self, ids: Tensor) -> Tensor:
         return _Embedding.apply(ids, self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 class _Embedding(torch.autograd.Function):

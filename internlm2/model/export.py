@@ -5,11 +5,12 @@ model files for transformers 5 (auto_map), and tokenizer files without code. It 
 complete.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from internlm2.config import ConfigError, ModelConfig
 from internlm2.model import huggingface
 from internlm2.model.config_json import write_config
 from internlm2.model.layouts import EMBEDDING, OUTPUT, REWARD_HEAD, llama_shapes, official_shapes, split_wqkv
-from internlm2.model.safetensors_files import PlannedTensor, write_safetensors
+from internlm2.model.safetensors_files import PlannedTensor, SafetensorsWriter
 from internlm2.model.tokenizer_export import TokenizerFacts, export_tokenizer
 from internlm2.model.weights import Weights
 
@@ -41,6 +42,22 @@ class Export:
     notes: list[str]
 
 
+def export(
+    output: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    tokenizer_folder: Path | None = None,
+) -> Export:
+    """Write a model that is being trained in the official layout at `output`, replacing an export that lies there.
+
+    `tensors` are (official name, tensor) in any order and on any device, each exactly once; all are cast to `dtype`.
+    """
+    dtypes = dict.fromkeys(official_shapes(config), dtype)
+    return _export(output, config, dtypes, tensors, tokenizer_folder, "internlm2", SHARD_BYTES, False, True)
+
+
 def export_weights(
     weights: Weights,
     output: str | Path,
@@ -57,34 +74,53 @@ def export_weights(
     dtype      of all tensors; None keeps each as it is stored, which makes a re-save bit-equal
     tokenizer  folder with tokenizer.model or tokenizer.json; None takes the one that came with the weights
     overwrite  replace a folder that is an export; anything else at `output` is left alone and refused
-
-    The folder is built beside `output` and renamed, so `output` is the old folder or the whole new one, never half.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} does not exist: use internlm2 or llama.")
     if layout == "llama" and REWARD_HEAD in weights.dtypes:
         raise ConfigError("A reward model has no Llama layout: its v_head has no place there. Use --to internlm2.")
+    dtypes = {name: dtype or stored for name, stored in weights.dtypes.items()}
+    tokenizer = tokenizer or weights.tokenizer
+    return _export(
+        output, weights.config, dtypes, weights, tokenizer, layout, shard_bytes, keep_dynamic_rope, overwrite
+    )
+
+
+def _export(
+    output: str | Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Path | None,
+    layout: str,
+    shard_bytes: int,
+    keep_dynamic_rope: bool,
+    overwrite: bool,
+) -> Export:
+    """Build the folder beside `output` and rename it: `output` is the old folder or the whole new one, never half."""
     output = Path(output).absolute()
     _check_target(output, overwrite)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        result = _fill(partial, weights, layout, dtype, tokenizer or weights.tokenizer, shard_bytes, keep_dynamic_rope)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        notes: list[str] = []
+        facts = _write_tokenizer(partial, config, tokenizer, notes)
+        write_tensors(partial, config, dtypes, tensors, layout, shard_bytes)
+        _write_settings(partial, config, dtypes, facts, layout, keep_dynamic_rope, notes)
         files = sorted(entry.name for entry in partial.iterdir())
         for name in files:
             _sync(partial / name)
         _sync(partial)
         _publish(partial, output)
     except OSError as error:
-        raise ConfigError(
-            f"{output} could not be written: {error.strerror or error}. Nothing there was changed."
-        ) from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{output} could not be written: {reason}. Nothing there was changed.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    dtype_written, parameters, notes = result
-    return Export(output, layout, dtype_written, parameters, files, notes)
+    parameters = sum(torch.Size(_shape(config, name)).numel() for name in dtypes)
+    return Export(output, layout, dtypes[EMBEDDING], parameters, files, notes)
 
 
 def _check_target(output: Path, overwrite: bool) -> None:
@@ -111,34 +147,35 @@ def _publish(partial: Path, output: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fill(
-    folder: Path,
-    weights: Weights,
-    layout: str,
-    dtype: torch.dtype | None,
-    tokenizer: Path | None,
-    shard_bytes: int,
-    keep_dynamic_rope: bool,
-) -> tuple[torch.dtype, int, list[str]]:
-    config, notes = weights.config, []
+def _write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path | None, notes: list[str]) -> TokenizerFacts:
     if tokenizer is None:
-        facts = TokenizerFacts(config.vocab_size, bos=1, eos=2, pad=2, stop=[2])
         notes.append("no tokenizer was found: the folder holds none, and special ids are assumed to be 1, 2, 2")
-    else:
-        facts = export_tokenizer(tokenizer, folder)
-        if facts.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"The tokenizer in {tokenizer} has {facts.vocab_size} tokens, the weights have rows for "
-                f"{config.vocab_size}: it belongs to another model."
-            )
+        return TokenizerFacts(config.vocab_size, bos=1, eos=2, pad=2, stop=[2])
+    facts = export_tokenizer(tokenizer, folder)
+    if facts.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer in {tokenizer} has {facts.vocab_size} tokens, the weights have rows for "
+            f"{config.vocab_size}: it belongs to another model."
+        )
+    return facts
+
+
+def _write_settings(
+    folder: Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    facts: TokenizerFacts,
+    layout: str,
+    keep_dynamic_rope: bool,
+    notes: list[str],
+) -> None:
+    """config.json, generation_config.json and, in the official layout, the two model files that config.json names."""
     if config.rope_scaling.kind == "dynamic" and not keep_dynamic_rope:
         limit = config.max_position_embeddings
         notes.append(f"dynamic NTK was left out: the same up to {limit} tokens, and engines disagree beyond")
-    _, parameters = write_tensors(folder, weights, layout, dtype, shard_bytes)
     token_ids = {"bos": facts.bos, "eos": facts.eos, "pad": facts.pad}
-    written = dtype or weights.dtype
-    content = write_config(config, layout, written, token_ids=token_ids, keep_dynamic=keep_dynamic_rope)
-    if REWARD_HEAD in weights.dtypes:
+    content = write_config(config, layout, dtypes[EMBEDDING], token_ids=token_ids, keep_dynamic=keep_dynamic_rope)
+    if REWARD_HEAD in dtypes:
         content["architectures"] = ["InternLM2ForRewardModel"]
         content.pop("auto_map")
     _write_json(folder / "config.json", content)
@@ -146,64 +183,69 @@ def _fill(
     _write_json(folder / "generation_config.json", generation)
     if "auto_map" in content:
         for name in _CODE_FILES:
-            shutil.copyfile(Path(huggingface.__file__).parent / name, folder / name)
-    return written, parameters, notes
+            code = (Path(huggingface.__file__).parent / name).read_text(encoding="utf-8")
+            # transformers copies files that are imported relatively; the package itself imports by full names.
+            (folder / name).write_text(code.replace(f"from {huggingface.__name__}.", "from ."), encoding="utf-8")
 
 
 def write_tensors(
-    folder: Path, weights: Weights, layout: str, dtype: torch.dtype | None, shard_bytes: int
-) -> tuple[list[str], int]:
-    """model.safetensors, or shards of at most `shard_bytes` with their index -> (file names, number of parameters)."""
-    plan: list[tuple[str, list[PlannedTensor]]] = []  # for each official tensor, what is written for it
-    config = weights.config
-    for name, stored in weights.dtypes.items():
+    folder: Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Iterable[tuple[str, Tensor]],
+    layout: str,
+    shard_bytes: int,
+) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` with their index. One tensor in memory at a time."""
+    plan: dict[str, list[PlannedTensor]] = {}  # for each official tensor, what is written for it
+    for name, dtype in dtypes.items():
         shapes = {name: _shape(config, name)} if layout == "internlm2" else llama_shapes(config, name)
-        plan.append((name, [PlannedTensor(part, shape, dtype or stored) for part, shape in shapes.items()]))
+        plan[name] = [PlannedTensor(part, shape, dtype) for part, shape in shapes.items()]
     if layout == "internlm2" and config.tie_embeddings:
         # llama.cpp and others know no InternLM2 without an output matrix: a tied one repeats the embedding.
-        shape = (config.vocab_size, config.hidden_size)
-        plan.append((EMBEDDING, [PlannedTensor(OUTPUT, shape, dtype or weights.dtypes[EMBEDDING])]))
+        embedding = plan[EMBEDDING][0]
+        plan[EMBEDDING].append(PlannedTensor(OUTPUT, embedding.shape, embedding.dtype))
     shards = _shards(plan, shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names
-    for file, shard in zip(names, shards):
-        entries = list(itertools.chain.from_iterable(parts for _, parts in shard))
-        write_safetensors(folder / file, entries, _tensors(weights, layout, [name for name, _ in shard]))
-        weight_map |= {entry.name: file for entry in entries}
-        total += sum(entry.bytes for entry in entries)
+    entries = [list(itertools.chain.from_iterable(plan[name] for name in shard)) for shard in shards]
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, SafetensorsWriter] = {}
+        for file, shard, contents in zip(names, shards, entries):
+            writer = SafetensorsWriter(folder / file, contents)
+            stack.callback(writer.discard)
+            writers |= dict.fromkeys(shard, writer)
+        for name, tensor in tensors:
+            if name not in writers:
+                raise ConfigError(f"{name} was given for export, but has no place in this model.")
+            parts = split_wqkv(tensor, config) if len(plan[name]) == 3 else itertools.repeat(tensor)
+            for entry, part in zip(plan[name], parts):
+                writers[name].write(entry.name, part)
+        for writer in dict.fromkeys(writers.values()):
+            writer.close()
     if len(shards) > 1:
+        weight_map = {entry.name: file for file, contents in zip(names, entries) for entry in contents}
+        total = sum(entry.bytes for contents in entries for entry in contents)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    parameters = sum(torch.Size(_shape(config, name)).numel() for name in weights.dtypes)
-    return names, parameters
 
 
 def _shape(config: ModelConfig, name: str) -> tuple[int, ...]:
     return (1, config.hidden_size) if name == REWARD_HEAD else official_shapes(config)[name]
 
 
-def _shards(plan: list[tuple[str, list[PlannedTensor]]], limit: int) -> list[list[tuple[str, list[PlannedTensor]]]]:
-    shards: list[list[tuple[str, list[PlannedTensor]]]] = [[]]
+def _shards(plan: Mapping[str, list[PlannedTensor]], limit: int) -> list[list[str]]:
+    """Official names by file: each file as full as the limit allows, in order."""
+    shards: list[list[str]] = [[]]
     used = 0
-    for name, parts in plan:
+    for name, parts in plan.items():
         size = sum(part.bytes for part in parts)
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
-        shards[-1].append((name, parts))
+        shards[-1].append(name)
         used += size
     return shards
-
-
-def _tensors(weights: Weights, layout: str, names: list[str]) -> Iterator[Tensor]:
-    for name in names:
-        tensor = weights.read(name)
-        if layout == "llama" and name.endswith("attention.wqkv.weight"):
-            yield from split_wqkv(tensor, weights.config)
-        else:
-            yield tensor
 
 
 def _write_json(path: Path, content: dict) -> None:

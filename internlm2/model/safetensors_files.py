@@ -155,27 +155,50 @@ class PlannedTensor:
         return elements * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, plan: Iterable[PlannedTensor], tensors: Iterable[Tensor]) -> None:
-    """Write one file and fsync it. `tensors` come in the plan's order; each is cast to its planned dtype."""
-    plan = list(plan)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in plan:
-        header[entry.name] = {
-            "dtype": _CODES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry, tensor in zip(plan, tensors, strict=True):
-            if tuple(tensor.shape) != entry.shape:
-                raise ValueError(f"{entry.name} has shape {list(tensor.shape)}, planned was {list(entry.shape)}.")
-            content = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1)
-            if content.numel():
-                file.write(content.view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+class SafetensorsWriter:
+    """Writes one file tensor by tensor, in any order; `close` makes it durable and says what never came."""
+
+    def __init__(self, path: Path, plan: Iterable[PlannedTensor]) -> None:
+        self.path = path
+        self._left: dict[str, tuple[PlannedTensor, int]] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for entry in plan:
+            header[entry.name] = {
+                "dtype": _CODES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.bytes],
+            }
+            self._left[entry.name] = entry, offset
+            offset += entry.bytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+        self._data_start = 8 + len(text)
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close or discard)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One planned tensor, cast to its planned dtype."""
+        if name not in self._left:
+            raise ConfigError(f"{name} was given twice for {self.path.name}.")
+        entry, offset = self._left.pop(name)
+        if tuple(tensor.shape) != entry.shape:
+            raise ConfigError(
+                f"{name} has shape {list(tensor.shape)}, {self.path.name} has room for {list(entry.shape)}."
+            )
+        content = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1)
+        self._file.seek(self._data_start + offset)
+        if content.numel():
+            self._file.write(content.view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Flush and fsync. ConfigError where a planned tensor was not written."""
+        if self._left:
+            raise ConfigError(f"{next(iter(self._left))} was not given ({len(self._left)} tensors missing in all).")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close without any promise; safe to call after `close`."""
+        self._file.close()

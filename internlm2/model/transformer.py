@@ -116,6 +116,7 @@ class InternLM2(nn.Module):
             (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
         return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
 
+
 class LMHead(Linear):
     """Hidden states to logits, or straight to the loss.
 

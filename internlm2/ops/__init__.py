@@ -2,16 +2,21 @@
 
 from internlm2.ops.attention import decode_attention, describe_backend, rope_attention, select_backend
 from internlm2.ops.linear import Linear
+from internlm2.ops.quantize import QuantizedLinear, quantize_linears_, quantized_copy, refresh_
 from internlm2.ops.quantized import QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
 
 __all__ = [
     "Linear",
+    "QuantizedLinear",
     "QuantizedWeight",
     "decode_attention",
     "dequantize_weight",
     "describe_backend",
+    "quantize_linears_",
     "quantize_weight",
+    "quantized_copy",
     "quantized_linear",
+    "refresh_",
     "rope_attention",
     "select_backend",
 ]

@@ -1,5 +1,6 @@
 """Loads the compiled kernels beside this file, or says once how to build them."""
 
+import ctypes
 import functools
 import warnings
 from pathlib import Path
@@ -27,6 +28,21 @@ def load_cpu() -> bool:
             stacklevel=2,
         )
     return reason is None
+
+
+@torch.compiler.assume_constant_result
+def loaded(device_type: str) -> bool:
+    """Whether the kernels for "cpu" or "cuda" tensors are there; loads them at the first call."""
+    return {"cpu": load_cpu, "cuda": load_cuda}.get(device_type, bool)()
+
+
+def instruction_set() -> str:
+    """Which of the CPU kernels runs here: avx512_bf16, avx512, avx2 or portable; "none" where not built."""
+    if not load_cpu():
+        return "none"
+    name = ctypes.CDLL(str(FOLDER / "libinternlm2_cpu.so")).internlm2_cpu_instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 @functools.cache

@@ -1,8 +1,11 @@
-"""nn.Linear whose float32 product takes the faster of the two CPU libraries inside torch.
+"""nn.Linear that takes the fastest product for its shape on a CPU.
 
 On AMD processors torch's float32 F.linear goes through MKL, which runs its AVX2 code there; oneDNN, also inside torch,
 runs AVX-512: about 2x faster on Zen 5 in forward and both gradients, 1.1x on Zen 4 (benchmarks/kernels.py). The choice
 depends on the processor and on shapes only, never on a timing, so that a resumed run takes the same path bit for bit.
+
+bfloat16 with a few rows and no gradient, as in decoding, goes through our own kernel where it is built: torch
+rearranges the weight at each call, which costs more than reading it. From 8 rows on torch is as fast.
 """
 
 import functools
@@ -13,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import internlm2.ops.schemas  # noqa: F401  defines torch.ops.internlm2.*
+from internlm2.ops import extension
+
 # Fewer rows are bound by reading the weight, and oneDNN would copy its transpose for the gradient to the input.
 SMALLEST_ROWS = 32
+MOST_DECODED_ROWS = 4
 
 
 class Linear(nn.Linear):
@@ -23,6 +30,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if _wants_onednn(input, self.weight, self.bias) and onednn_float32():
             return _OneDNNLinear.apply(input, self.weight)
+        if _wants_few_rows(input, self.weight, self.bias) and extension.loaded("cpu"):
+            return torch.ops.internlm2.few_rows_linear(input.contiguous(), self.weight)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -35,6 +44,21 @@ def _wants_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() >= SMALLEST_ROWS * x.shape[-1]
         and x.shape[-1] == weight.shape[-1]
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is Tensor
+    )
+
+
+def _wants_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == weight.device.type == "cpu"
+        and bias is None
+        and x.dim() >= 1
+        and 0 < x.numel() <= MOST_DECODED_ROWS * x.shape[-1]
+        and x.shape[-1] == weight.shape[-1]
+        and weight.stride(-1) == 1
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and type(x) is Tensor
     )

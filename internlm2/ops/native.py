@@ -9,8 +9,7 @@ from internlm2.ops import extension
 
 def missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None where the kernels run on such tensors, else the reason why not."""
-    loaded = {"cpu": extension.load_cpu, "cuda": extension.load_cuda}.get(device.type)
-    if loaded is None or not loaded():
+    if not extension.loaded(device.type):
         return f"internlm2's kernels for {device.type} are not built"
     if device.type == "cpu":
         if dtype not in (torch.bfloat16, torch.float32):

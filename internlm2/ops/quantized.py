@@ -92,11 +92,9 @@ def _native(operator: str, x: Tensor, backend: str) -> bool:
     """Whether the compiled operator runs on x's device."""
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f"backend {backend!r} does not exist: use auto, native or reference.")
-    loaded = {"cpu": extension.load_cpu, "cuda": extension.load_cuda}.get(x.device.type)
     there = (
         backend != "reference"
-        and loaded is not None
-        and loaded()
+        and extension.loaded(x.device.type)
         and torch._C._dispatch_has_kernel_for_dispatch_key(f"internlm2::{operator}", x.device.type.upper())
     )
     if backend == "native" and not there:

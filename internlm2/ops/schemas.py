@@ -31,6 +31,9 @@ _LIBRARY.define(f"dequantize_weight({_QUANTIZED}, bool wide) -> Tensor")
 # x [..., K] -> [..., N] in x's dtype; act_bits 16 (bfloat16 activations) or 8 (int8 by token and group)
 _LIBRARY.define(f"quantized_linear(Tensor x, {_QUANTIZED}, int act_bits) -> Tensor")
 
+# x [..., K] bfloat16, weight [N, K] bfloat16 -> [..., N]; for few rows, CPU only, no gradient
+_LIBRARY.define("few_rows_linear(Tensor x, Tensor weight) -> Tensor")
+
 
 @torch.library.register_fake("internlm2::rope_attention_forward")
 def _rope_attention_forward(
@@ -105,6 +108,11 @@ def _quantized_linear(
     act_bits: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("internlm2::few_rows_linear")
+def _few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

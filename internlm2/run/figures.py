@@ -28,22 +28,28 @@ class Series:
 
 
 def smooth(values: Sequence[float | None], half_life: float) -> list[float | None]:
-    """Exponential mean over both sides of each point, so that a falling curve is not shown late; gaps stay gaps."""
-    forward, backward = _one_sided(values, half_life), _one_sided(values[::-1], half_life)[::-1]
-    return [None if a is None or b is None else (a + b) / 2 for a, b in zip(forward, backward, strict=True)]
+    """Mean with weights that halve every `half_life` points on both sides, so that a falling curve is not shown late.
 
-
-def _one_sided(values: Sequence[float | None], half_life: float) -> list[float | None]:
+    Gaps stay gaps and carry no weight.
+    """
     keep = 0.5 ** (1.0 / half_life)
-    total = weight = 0.0
+    before, after = _decayed_sums(values, keep), _decayed_sums(values[::-1], keep)[::-1]
     smoothed: list[float | None] = []
-    for value in values:
-        if value is None:
-            smoothed.append(None)
-            continue
-        total, weight = keep * total + value, keep * weight + 1.0
-        smoothed.append(total / weight)
+    for value, (total, weight), (later_total, later_weight) in zip(values, before, after, strict=True):
+        # Both sums hold the point itself; it counts once.
+        both = None if value is None else (total + later_total - value) / (weight + later_weight - 1.0)
+        smoothed.append(both)
     return smoothed
+
+
+def _decayed_sums(values: Sequence[float | None], keep: float) -> list[tuple[float, float]]:
+    """(sum, weight) over the values up to each point, the older the lighter."""
+    total = weight = 0.0
+    sums = []
+    for value in values:
+        total, weight = keep * total + (value or 0.0), keep * weight + (value is not None)
+        sums.append((total, weight))
+    return sums
 
 
 def thin(
@@ -154,8 +160,10 @@ def _inline(svg: str, title: str) -> str:
     svg = re.sub(
         r' id="[a-zA-Z.]+[0-9a-z]*_\d+"', "", svg
     )  # names of groups; clip paths and markers have no underscore
-    svg = re.sub(r"(-?\d+\.\d)\d+", r"\1", svg)
+    # Tenths of a point are enough for geometry; the words of the labels are left alone.
+    svg = re.sub(r'( (?:d|x|y|transform)=")([^"]*)', lambda m: m[1] + re.sub(r"(\.\d)\d+", r"\1", m[2]), svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
     svg = re.sub(
         r'<svg[^>]*viewBox="([^"]*)"[^>]*>',
         rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">',

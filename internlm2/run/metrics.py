@@ -25,7 +25,10 @@ class JsonLines:
         """Add one record, in one write; NaN and infinity become null, which every JSON reader knows."""
         if self._file is None:
             self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:  # such as a full disk; Python does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def truncate_after(self, step: int) -> int:
         """Drop the records of steps after `step`, and a last line that a kill cut short; returns how many went."""
@@ -72,7 +75,7 @@ class Metrics:
             self._wandb = _start_wandb(run, wandb, config)
 
     def record(self, step: int, values: Mapping[str, Value], timing: Mapping[str, Value]) -> None:
-        """One step's record in each file; `step` counts finished steps, from 1. Values may be nested one level."""
+        """One step's record in each file; `step` counts finished steps, from 1. Values may be nested."""
         if not self.enabled:
             return
         self._metrics.append({"step": step, **values})
@@ -139,7 +142,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update({f"{key}/{inner}": item for inner, item in value.items()})
+            flat.update({f"{key}/{inner}": item for inner, item in _flat(value).items()})
         else:
             flat[key] = value
     return flat

@@ -55,7 +55,7 @@ figcaption { font-size: 0.9rem; margin: 0 0 0.2rem 0.2rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit; }
 .scroll { overflow-x: auto; }
-.figures + .scroll { margin-top: 0.8rem; }
+.figures + .scroll, .scroll + .figures, nav + .scroll { margin-top: 0.9rem; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td {
   text-align: left; padding: 0.3rem 1.1rem 0.3rem 0; border-bottom: 1px solid var(--line);

@@ -66,7 +66,7 @@ def record_start(run: RunDirectory, *, step: int, config: str, command: list[str
     return entry
 
 
-def record_end(run: RunDirectory, *, step: int, status: str) -> None:
+def record_end(run: RunDirectory, *, step: int | None, status: str) -> None:
     """Note how the last start ended: `finished`, `stopped` (a signal, saved) or `failed`. A kill leaves no note."""
     history = read_provenance(run)
     if history["starts"]:

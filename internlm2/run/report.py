@@ -109,7 +109,7 @@ def _tiles(stage: StageSummary) -> str:
     loss, speed, mfu = stage.last("loss"), stage.typical("tokens_per_second"), stage.typical("mfu")
     memory = max((r.get("memory_bytes") or 0 for r in stage.timing), default=0)
     tiles = [
-        (f"{loss:.3f}", "loss, mean of the last 20 steps") if loss is not None else None,
+        (f"{loss:.3f}", f"loss, mean of the last {min(20, len(stage.metrics))} steps") if loss is not None else None,
         (f"{stage.steps:,}", "steps"),
         (quantity(stage.tokens), "tokens") if stage.tokens else None,
         (f"{quantity(speed)}/s", "tokens, median step") if speed is not None else None,

@@ -1,9 +1,9 @@
 """Run stages in order, each handing over to the next: what is complete is skipped, what was interrupted goes on.
 
-    python train.py stage=recipe model=tiny preset=demo
+python train.py stage=recipe model=tiny preset=demo
 """
 
-import json
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,10 +14,14 @@ from internlm2.engine.checkpoint_format import CheckpointError
 from internlm2.engine.guard import TrainingStopped
 from internlm2.run.console import logging_to
 from internlm2.run.directory import RunDirectory
-from internlm2.run.report import write_report
-from internlm2.stages import pretrain
+from internlm2.run.provenance import record_end
+from internlm2.run.report import write_report, write_stage_report
+from internlm2.stages import pretrain, sft
+from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
+
+STAGES = {"pretrain": pretrain.run, "sft": sft.run}
 
 
 def run_stages(configs: Sequence[Config]) -> None:
@@ -30,17 +34,15 @@ def run_stages(configs: Sequence[Config]) -> None:
                 continue
             log.info("%s, in %s", config.stage.name, directory.path)
             try:
-                code = pretrain.run(config, directory, console)
-            except (CheckpointError, TrainingStopped) as error:
+                code = STAGES[config.stage.kind](config, directory, console)
+                write_stage_report(directory.path)
+            except (CheckpointError, TrainingStopped, OSError) as error:
                 log.error("%s", error)
-                sys.exit(1)
+                with contextlib.suppress(OSError):  # the disk may be full
+                    record_end(directory, step=None, status="failed")
+                    write_stage_report(directory.path)
+                code = 1
         if code:
             sys.exit(code)
     root = Path(configs[-1].root) / configs[-1].name
     print(f"report: {write_report(root)}")
-
-
-def is_complete(directory: RunDirectory, config: Config) -> bool:
-    """Has the stage run to its last step? A longer stage than before goes on from there."""
-    mark = directory.path / "finished.json"
-    return mark.exists() and json.loads(mark.read_text())["step"] >= pretrain.steps_of(config)

@@ -1,4 +1,4 @@
-"""The loop that the supervised stages share: data -> loss -> step -> log -> save. A stage builds a `Job`; `train` runs it."""
+"""The loop of the supervised stages: data -> loss -> step -> log -> save. A stage builds a `Job`; `train` runs it."""
 
 import logging
 import time
@@ -33,7 +33,6 @@ class Job:
     engine: Engine
     stream: TokenStream
     loss: LossFunction
-    total_steps: int
     validate: Callable[[], dict[str, Any]]
     throughput: Throughput
     metrics: Metrics
@@ -52,14 +51,10 @@ class Job:
             asynchronous=checkpoint.asynchronous,
         )
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.config.train.batch_tokens // self.config.train.seq_len
-
     def batches(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the step at `position`; which rows a step has does not depend on how they are split."""
+        """This rank's micro-batches of the step at `position`; its rows do not depend on how they are split."""
         size, rank, world = self.config.train.micro_batch, self.engine.rank, self.engine.world_size
-        rows = range(self.position + rank, self.position + self.rows_per_step, world)
+        rows = range(self.position + rank, self.position + self.config.train.rows_per_step, world)
         return [self.stream.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def save(self) -> None:
@@ -67,19 +62,20 @@ class Job:
 
 
 def train(job: Job, console: Console) -> StopSignals:
-    """Train until `total_steps` or a signal; either way the last step is saved. Raises TrainingStopped, CheckpointError."""
-    engine, config = job.engine, job.config
-    with StopSignals() as stop, StepProgress(console, config.stage.name, job.total_steps, engine.step) as progress:
-        while engine.step < job.total_steps:
+    """Train to the last step or a signal; either way the step is saved. Raises TrainingStopped, CheckpointError."""
+    engine, config, total = job.engine, job.config, job.config.train.total_steps
+    with StopSignals() as stop, StepProgress(console, config.stage.name, total, engine.step) as progress:
+        while engine.step < total:
             started = time.perf_counter()
             batches = job.batches()
             result = engine.train_step(batches, job.loss)
-            job.position += job.rows_per_step
+            job.position += job.config.train.rows_per_step
             if result.verdict == "rollback":
                 roll_back(job, result)
                 continue
             values, timing = describe_step(job, batches, result, time.perf_counter() - started)
-            last, asked = engine.step == job.total_steps, engine.reduce_sum([float(stop.requested is not None)])[0] > 0
+            last = engine.step == total
+            asked = engine.reduce_sum([float(stop.requested is not None)])[0] > 0  # by any rank
             if due(config.validate.every, engine.step) or last:
                 values["validation"] = job.validate()
             job.metrics.record(engine.step, values, timing)
@@ -87,7 +83,7 @@ def train(job: Job, console: Console) -> StopSignals:
                 report_step(job, result, timing)
             if due(config.checkpoint.every, engine.step) or last or asked:
                 job.save()
-            progress.advance(engine.step, job.throughput.seconds_left(job.total_steps - engine.step))
+            progress.advance(engine.step, job.throughput.seconds_left(total - engine.step))
             if asked:
                 break
         job.writer.wait()
@@ -98,10 +94,14 @@ def resume(job: Job) -> bool:
     """Go on from the newest whole checkpoint of this run, if there is one. ConfigError where the config forbids it."""
     found = list_checkpoints(job.run.checkpoints)
     if found and not job.config.resume:
-        raise ConfigError(f"resume=false, but {job.run.path} holds a run up to step {found[-1][0]}: choose another name=.")
+        raise ConfigError(
+            f"resume=false, but {job.run.path} holds a run up to step {found[-1][0]}: choose another name=."
+        )
     state, _ = restore_newest(job.engine, job.run.checkpoints)
     if found and state is None:
-        raise CheckpointError(f"None of the {len(found)} checkpoints in {job.run.checkpoints} can be read: move them away to start anew.")
+        raise CheckpointError(
+            f"None of the {len(found)} checkpoints in {job.run.checkpoints} can be read: move them away to start anew."
+        )
     if state is not None:
         job.stream.check_fingerprint(state["data"], job.config.data.on_change)
         job.position, job.tokens = state["data"]["position"], state["tokens"]
@@ -114,7 +114,9 @@ def roll_back(job: Job, result: StepResult) -> None:
     job.writer.wait()
     state, _ = restore_newest(job.engine, job.run.checkpoints, after_rollback=True)
     if state is None:
-        raise CheckpointError(f"engine.on_nonfinite=rollback: {result.reason}, and there is no checkpoint yet to return to.")
+        raise CheckpointError(
+            f"engine.on_nonfinite=rollback: {result.reason}, and there is no checkpoint yet to return to."
+        )
     job.tokens = state["tokens"]
     job.metrics.truncate_after(job.engine.step)
     log.warning("%s; back to step %d, data goes on at row %d", result.reason, job.engine.step, job.position)
@@ -151,14 +153,14 @@ def describe_step(
 def report_step(job: Job, result: StepResult, timing: dict[str, Any]) -> None:
     line = step_line(
         job.engine.step,
-        job.total_steps,
+        job.config.train.total_steps,
         loss=result.loss,
         lr=result.lr,
         grad_norm=result.grad_norm,
         tokens_per_second=timing["tokens_per_second"],
         mfu=timing["mfu"],
         memory_bytes=timing["memory_bytes"],
-        seconds_left=job.throughput.seconds_left(job.total_steps - job.engine.step),
+        seconds_left=job.throughput.seconds_left(job.config.train.total_steps - job.engine.step),
         note="" if result.applied else f"not applied: {result.reason}",
     )
     log.info(line)

@@ -8,8 +8,8 @@ import pytest
 from internlm2.data.corpus import Corpus
 from internlm2.data.documents import Document, MemoryUnit
 from internlm2.data.encoding import encode_units
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import Shard, write_shard
-from internlm2.data.tokenizer import SentencePieceTokenizer
 from internlm2.data.tokenizer_training import train_model
 
 Sources = dict[str, list[list[int]]]

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm2.config import ConfigError
-from internlm2.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.data.tokenizer import load_tokenizer
 
 SAMPLES = [
     "def f(x):\n\treturn {'a': x ** 2}  # 1234567 π≈3.14159\n\n\n    pass\r\n",

@@ -6,7 +6,8 @@ import pytest
 import sentencepiece
 
 from internlm2.config import ConfigError
-from internlm2.data.tokenizer import MARKERS, SentencePieceTokenizer
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.data.tokenizer import MARKERS
 from internlm2.data.tokenizer_training import train_model
 
 

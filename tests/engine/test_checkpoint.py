@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -377,18 +378,49 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, damage)
     assert str(tmp_path / "step_00000004") in skipped[0]
 
 
+class Ranks:
+    """reduce_sum over threads: each call waits for every rank, as a collective does."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.given = count, threading.Barrier(count, timeout=10), {}
+
+    def sum_for(self, rank: int):
+        def reduce_sum(values):
+            self.given[rank] = list(values)
+            self.barrier.wait()
+            total = [sum(column) for column in zip(*self.given.values(), strict=True)]
+            self.barrier.wait()
+            return total
+
+        return reduce_sum
+
+    def run(self, work) -> list:
+        with ThreadPoolExecutor(self.count) as pool:
+            return [f.result() for f in [pool.submit(work, rank, self.sum_for(rank)) for rank in range(self.count)]]
+
+
 def test_ranks_share_the_hashing_and_agree(tmp_path):
     save_steps(tmp_path, [2, 4])
     damage_flip(tmp_path / "step_00000004")
-    faults = [find_fault(tmp_path / "step_00000004", rank=rank, world_size=2) for rank in range(2)]
-    assert [fault is None for fault in faults].count(False) == 1, "one rank hashes the damaged file"
-    blind = faults.index(None)
-    others = iter([1.0, 0.0])  # what the other rank reports for step 4 and step 2
-    path, skipped = find_newest(
-        tmp_path, rank=blind, world_size=2, reduce_sum=lambda values: [values[0] + next(others)]
+    found = Ranks(3).run(lambda rank, total: find_newest(tmp_path, rank=rank, world_size=3, reduce_sum=total))
+    assert [path for path, _ in found] == [tmp_path / "step_00000002"] * 3
+    reasons = [skipped[0].split(": ", 1)[1] for _, skipped in found]
+    assert sorted(reasons) == ["another rank found a fault."] * 2 + [
+        "rank00000.safetensors is corrupted: its SHA-256 is not the one in index.json."
+    ]
+
+
+def test_ranks_agree_where_one_sees_an_older_directory(tmp_path):
+    """A network file system may show rank 1 less than rank 0: nobody takes what one of them does not see."""
+    save_steps(tmp_path / "new", [2, 4])
+    save_steps(tmp_path / "old", [2])
+    folders = [tmp_path / "new", tmp_path / "old"]
+    found = Ranks(2).run(lambda rank, total: find_newest(folders[rank], rank=rank, world_size=2, reduce_sum=total))
+    assert [path.name for path, _ in found] == ["step_00000002"] * 2
+    assert (
+        Ranks(2).run(lambda rank, total: find_newest(tmp_path, rank=rank, world_size=2, reduce_sum=total))
+        == [(None, [])] * 2
     )
-    assert path == tmp_path / "step_00000002"
-    assert "another rank found a fault" in skipped[0]
 
 
 def test_nothing_to_restore_leaves_the_engine_alone(tmp_path):

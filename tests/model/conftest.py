@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from internlm2.config import ModelConfig, RopeScalingConfig
@@ -15,6 +16,15 @@ def load_shape(name: str) -> ModelConfig:
     values = yaml.safe_load((SHAPES / f"{name}.yaml").read_text(encoding="utf-8"))
     values["rope_scaling"] = RopeScalingConfig(**values["rope_scaling"])
     return ModelConfig(**values)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on tensors of this size wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

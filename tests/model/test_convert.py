@@ -1,10 +1,10 @@
 """python -m internlm2.convert: what it prints, what it returns, what it leaves behind."""
 
 import torch
-from test_weights import random_weights, write_checkpoint
 
 from internlm2 import convert
 from internlm2.model.weights import open_weights
+from tests.model.checkpoint_folders import random_weights, write_checkpoint
 
 
 def test_there_and_back(tmp_path, tiny, capsys):

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import transformer as oracle
 from safetensors.torch import load_file
-from test_tokenizer_export import train
-from test_weights import IDS, random_weights, to_llama, write_checkpoint, write_llama, write_official
 
 from internlm2.config import ConfigError, RopeScalingConfig
-from internlm2.model import CausalLM, export
-from internlm2.model.export import export_weights
+from internlm2.model import CausalLM
+from internlm2.model import export as export_module
+from internlm2.model.export import export, export_weights
 from internlm2.model.layouts import official_shapes
 from internlm2.model.weights import model_weights, open_weights
+from tests.model.checkpoint_folders import IDS, random_weights, to_llama, write_checkpoint, write_llama, write_official
+from tests.model.trained_tokenizer import train
+from tests.oracles import transformer as oracle
 
 
 @pytest.fixture
@@ -158,15 +159,15 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, source, monkeypatch, 
     before = folder_tensors(tmp_path / "out") if overwrite else None
     calls = []
 
-    def full(path, plan, tensors):
-        calls.append(path)
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full(writer, name, tensor):
+        calls.append(name)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_safetensors", full)
+    monkeypatch.setattr(export_module.SafetensorsWriter, "write", full)
     with pytest.raises(ConfigError, match="could not be written: No space left on device"):
         export_weights(weights, tmp_path / "out", overwrite=overwrite)
-    assert calls
+    assert len(calls) == 3
     assert {entry.name for entry in tmp_path.iterdir()} == {"source"} | ({"out"} if overwrite else set())
     if overwrite:
         assert_same_tensors(folder_tensors(tmp_path / "out"), before)
@@ -200,3 +201,18 @@ def test_import_from_any_llama(tmp_path, tiny):
     found = open_weights(tmp_path / "b")
     assert (found.config.head_dim, found.config.rope_base) == (24, 5e4)
     assert_same_tensors(dict(found), weights)
+
+
+def test_a_model_in_training_replaces_its_own_export(tmp_path, tiny):
+    """In any order of tensors, as an engine hands them out; a missing or unknown one leaves the old export."""
+    for seed in (1, 2):
+        model = CausalLM.from_config(tiny, seed=seed)
+        tensors = list(model.state_dict().items())
+        export(tmp_path / "out", tiny, reversed(tensors), dtype=torch.bfloat16)
+    expected = {name: tensor.bfloat16() for name, tensor in tensors}
+    with pytest.raises(ConfigError, match=r"output\.weight was not given"):
+        export(tmp_path / "out", tiny, tensors[:-1], dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"extra\.weight was given for export"):
+        export(tmp_path / "out", tiny, [*tensors, ("extra.weight", torch.ones(1))], dtype=torch.bfloat16)
+    assert_same_tensors(folder_tensors(tmp_path / "out"), expected)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

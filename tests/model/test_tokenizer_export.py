@@ -1,6 +1,5 @@
 """tokenizer.json against SentencePiece's own ids, with the real InternLM2 file and one trained here."""
 
-import io
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from internlm2.config import ConfigError
 from internlm2.model.tokenizer_export import convert_sentencepiece, export_tokenizer, find_markers
+from tests.model.trained_tokenizer import train
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -25,21 +25,6 @@ TEXTS = [
     "a\u2581b literally, \\n and \r\n",
     "don't x_y-z CamelCase ÄÖÜß ñ Ж ع ह",
 ]
-
-
-def train(path, **options):
-    buffer = io.BytesIO()
-    text = [
-        line for _ in range(3) for line in ("def add(a, b): return a + b", "the cat sat on the mat", "大模型 书生") * 5
-    ]
-    defaults = {
-        "model_type": "bpe", "vocab_size": 310, "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "add_dummy_prefix": False, "hard_vocab_limit": False, "num_threads": 1,
-        "user_defined_symbols": ["<|im_start|>", "<|im_end|>"], "minloglevel": 2,
-    }  # fmt: skip
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=buffer, **defaults | options)
-    path.write_bytes(buffer.getvalue())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +53,10 @@ def test_the_official_vocabulary_gives_sentencepiece_ids(official_pair, text):
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60))
 def test_the_official_vocabulary_on_any_text(official_pair, text):
-    assume("<" not in text)  # the name of a special token is that token here, and ordinary text to SentencePiece
+    # The name of a special token is that token here, and ordinary text to SentencePiece; with spare pieces that became
+    # markers it is the other way round.
+    assume("<" not in text)
+    assume("[UNUSED_TOKEN_1" not in text)
     converted, reference = official_pair
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
 
@@ -96,6 +84,8 @@ def test_official_markers_are_single_ids(official_pair):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("adefn() +:,大模型书 生\n\t<|imstar_>é"), max_size=40))
 def test_a_trained_vocabulary(trained, text):
+    # Their names are these tokens here, and ordinary text to SentencePiece; markers are single ids in both.
+    assume(not any(name in text for name in ("<s>", "</s>", "<unk>")))
     converted, _ = convert_sentencepiece(trained)
     reference = spm.SentencePieceProcessor(model_file=str(trained))
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import transformer as oracle
 
 from internlm2.config import ConfigError, RopeScalingConfig
 from internlm2.model import CausalLM, InternLM2
+from tests.oracles import transformer as oracle
 
 
 def draw(*shape, high, seed=0):

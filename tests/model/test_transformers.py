@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import transformer as oracle
 from safetensors.torch import load_file
-from test_tokenizer_export import train
-from test_weights import IDS, random_weights, write_official
 
 import internlm2
 from internlm2.model.export import export_weights
 from internlm2.model.weights import open_weights
+from tests.model.checkpoint_folders import IDS, random_weights, write_official
+from tests.model.trained_tokenizer import train
+from tests.oracles import transformer as oracle
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 ROOT = Path(internlm2.__file__).resolve().parent.parent

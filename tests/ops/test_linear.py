@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from internlm2.ops import Linear
+from internlm2.ops import Linear, extension
 from internlm2.ops import linear as linear_module
 
 
@@ -71,3 +73,27 @@ def test_self_check_rejects_wrong_numbers(monkeypatch):
     linear_module.onednn_float32.cache_clear()
     assert linear_module.onednn_float32() is False
     linear_module.onednn_float32.cache_clear()
+
+
+@pytest.mark.skipif(not extension.load_cpu(), reason="needs the CPU kernels")
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 6), inputs=st.integers(1, 200), outputs=st.integers(1, 140), seed=st.integers(0, 2**20))
+def test_few_rows_in_bfloat16(rows, inputs, outputs, seed):
+    draw = torch.Generator().manual_seed(seed)
+    layer = Linear(inputs, outputs, bias=False).bfloat16()
+    x = torch.randn(rows, inputs, generator=draw).bfloat16()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(outputs, inputs, generator=draw))
+        y = layer(x)
+    exact = x.double() @ layer.weight.detach().double().t()
+    assert y.dtype == torch.bfloat16
+    assert ((y.double() - exact).norm() <= 4e-3 * exact.norm()).item()
+    if rows > 1:  # a row's bits do not depend on its neighbours' values
+        with torch.no_grad():
+            x[1:] = float("nan")
+            assert torch.equal(layer(x)[0], y[0])
+
+
+def test_few_rows_with_gradient_keep_autograd():
+    layer = Linear(32, 16, bias=False).bfloat16()
+    assert layer(torch.ones(2, 32, dtype=torch.bfloat16)).requires_grad

@@ -64,6 +64,13 @@ def test_truncate_counts_and_tolerates_an_unfinished_line(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.jsonl"]
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "m.jsonl").symlink_to("/dev/full")
+    file = JsonLines(tmp_path / "m.jsonl")
+    with pytest.raises(OSError, match=r"No space left on device: '.*m\.jsonl'"):
+        file.append({"step": 1})
+
+
 def test_other_ranks_write_nothing(tmp_path):
     run = RunDirectory(tmp_path)
     metrics = Metrics(run, OFF, config={}, enabled=False)

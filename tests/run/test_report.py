@@ -8,7 +8,7 @@ import pytest
 
 from internlm2.config import WandbConfig
 from internlm2.run.directory import RunDirectory
-from internlm2.run.figures import Series, line_figure, smooth, thin
+from internlm2.run.figures import Series, _binary, _decimal, line_figure, smooth, thin
 from internlm2.run.metrics import Metrics
 from internlm2.run.provenance import record_end, record_start
 from internlm2.run.report import write_report, write_stage_report
@@ -115,6 +115,7 @@ def test_page_needs_no_network_and_takes_its_colours_from_the_style_sheet(tmp_pa
     assert re.findall(r"#[0-9a-f]{6}", drawings) == []
     assert "var(--s1)" in drawings
     assert "var(--ink-soft)" in drawings
+    assert "font-family" not in drawings
     assert len(text) < 150_000
 
 
@@ -163,6 +164,8 @@ def test_smooth_has_no_lag_and_keeps_gaps():
     line = [float(i) for i in range(101)]
     assert smooth(line, 5.0)[50] == pytest.approx(50.0, abs=1e-6)
     assert smooth([2.0, None, 2.0], 1.0) == [2.0, None, 2.0]
+    # weights 1, 1/2, 1/4 around the first point, by hand
+    assert smooth([1.0, 3.0, 5.0], 1.0)[0] == pytest.approx((1.0 + 3.0 / 2 + 5.0 / 4) / 1.75)
 
 
 def test_thin_keeps_peaks_ends_and_order():
@@ -180,3 +183,26 @@ def test_a_single_point_is_visible():
     empty = line_figure([Series("a", [], [])], "x", "y", title="t")
     assert drawing.count("<use") == 1
     assert empty.count("<use") == 0
+
+
+def test_labels_are_the_values_of_their_grid_lines():
+    """Tick labels keep their decimals, and the coordinates that they stand at are evenly spaced like the values."""
+    drawing = line_figure([Series("a", [1, 2, 3], [8.21, 8.29, 8.38])], "x", "y", title="t")
+    labels = re.findall(r'<text[^>]*text-anchor: end[^>]*y="([\d.]+)"[^>]*>([\d.]+)</text>', drawing)
+    heights, values = zip(*[(float(y), float(text)) for y, text in labels], strict=True)
+    assert len(set(values)) == len(values) >= 3
+    slopes = [(h - heights[0]) / (v - values[0]) for h, v in zip(heights[1:], values[1:], strict=True)]
+    assert slopes == pytest.approx([slopes[0]] * len(slopes), rel=0.01)
+    assert slopes[0] < 0, "up is more"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (8.25, "8.25"), (3e-5, "3e-5"), (2.4e-4, "2.4e-4"), (0.002, "0.002"), (12000, "12k"), (1.8e12, "1.8T")],
+)
+def test_decimal_labels(value, text):
+    assert _decimal(value) == text
+
+
+def test_lengths_are_named_in_powers_of_two():
+    assert [_binary(value) for value in (512, 4096, 32768)] == ["512", "4k", "32k"]

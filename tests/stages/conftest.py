@@ -12,11 +12,26 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 TINY = [
-    "stage=pretrain_4k", "preset=smoke", "model.vocab_size=512", "model.hidden_size=64", "model.layers=2", "model.heads=2",
-    "model.kv_heads=1", "model.head_dim=32", "model.intermediate_size=96", "train.seq_len=64", "train.micro_batch=2",
-    "train.batch_tokens=256", "train.steps=30", "checkpoint.every=5", "engine.dtype=fp32", "engine.threads=1",
-    "run.samples=[]", "checkpoint.export=false", "data.workers=1",
-]  # fmt: skip
+    "stage=pretrain_4k",
+    "preset=smoke",
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.layers=2",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.head_dim=32",
+    "model.intermediate_size=96",
+    "train.seq_len=64",
+    "train.micro_batch=2",
+    "train.batch_tokens=256",
+    "train.steps=30",
+    "checkpoint.every=5",
+    "checkpoint.export=false",
+    "engine.dtype=fp32",
+    "engine.threads=1",
+    "run.samples=[]",
+    "data.workers=1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +63,16 @@ def command(corpus, tmp_path_factory) -> Callable[..., list[str]]:
     (group / "lines.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
 
     def build(root: Path, *overrides: str) -> list[str]:
-        return [sys.executable, "train.py", "--config-dir", str(group.parent), *TINY, "data=lines", f"root={root}", *overrides]
+        return [
+            sys.executable,
+            "train.py",
+            "--config-dir",
+            str(group.parent),
+            *TINY,
+            "data=lines",
+            f"root={root}",
+            *overrides,
+        ]
 
     return build
 

@@ -66,7 +66,9 @@ def test_changed_data(run, corpus, finished):
     saved = finished / STAGE / "checkpoints"
     before = digest(saved)
     changed = finished / "changed.jsonl"
-    changed.write_text(corpus.read_text(encoding="utf-8") + json.dumps({"text": "another document"}) + "\n", encoding="utf-8")
+    changed.write_text(
+        corpus.read_text(encoding="utf-8") + json.dumps({"text": "another document"}) + "\n", encoding="utf-8"
+    )
     assert_refused(run(finished, "train.steps=6", f"data.sources.only.path={changed}"), "data.on_change=accept")
     assert digest(saved) == before
 
@@ -75,9 +77,15 @@ def test_another_shape_or_vocabulary(run, finished):
     saved = finished / STAGE / "checkpoints"
     before = digest(saved)
     assert_refused(run(finished, "train.steps=6", "model.intermediate_size=128"), "feed_forward", "96", "128", code=1)
-    assert_refused(run(finished, "name=other", f"init_from={finished / STAGE}", "model.layers=3"), "model.layers=2", "model.layers=3")
+    assert_refused(
+        run(finished, "name=other", f"init_from={finished / STAGE}", "model.layers=3"),
+        "model.layers=2",
+        "model.layers=3",
+    )
     vocabulary = ["model.vocab_size=600", "data.tokenizer.vocab_size=600"]
-    assert_refused(run(finished, "name=third", f"init_from={finished / STAGE}", *vocabulary), "vocab_size=512", "vocab_size=600")
+    assert_refused(
+        run(finished, "name=third", f"init_from={finished / STAGE}", *vocabulary), "vocab_size=512", "vocab_size=600"
+    )
     assert digest(saved) == before
 
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted, however roughly, is the run that was not: the same records and the same weights, bit for bit."""
+"""A run that was interrupted, however roughly, is the run that was not: same records, same weights, bit for bit."""
 
 import json
 import signal

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .configuration_internlm2 import InternLM2Config
+from internlm2.model.huggingface.configuration_internlm2 import InternLM2Config
 
 
 def _only(tensors: Any) -> torch.Tensor:

@@ -1,0 +1,173 @@
+"""What every supervised stage builds before its first step: data, model, and the job that the loop runs."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from internlm2.config import Config, ConfigError, DataConfig, TokenizerConfig
+from internlm2.data.corpus import Corpus
+from internlm2.data.prepare import prepare
+from internlm2.data.stream import TokenStream
+from internlm2.data.tokenizer import Tokenizer
+from internlm2.data.usage import usage_table
+from internlm2.engine.base import Engine, LossFunction
+from internlm2.engine.single import DTYPES
+from internlm2.evaluate.held_out import HeldOut
+from internlm2.model.transformer import CausalLM
+from internlm2.model.weights import open_weights
+from internlm2.ops.attention import describe_backend
+from internlm2.run.directory import RunDirectory
+from internlm2.run.metrics import Metrics
+from internlm2.run.provenance import record_end, record_start
+from internlm2.run.signals import StopSignals
+from internlm2.run.throughput import FORMULA, Throughput, peak_flops
+from internlm2.stages import handover
+from internlm2.stages.supervised import Job, resume, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """The tokenized corpus of a stage, its mixture, the training rows and the held-out ones (`length` tokens each)."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+    weights: dict[str, float]
+    stream: TokenStream
+    held_out: HeldOut
+    length: int
+
+
+def load_data(config: Config, directory: RunDirectory, console: Console) -> Data:
+    """Tokenize what the stage's mixture names, say what it will take from each source, and settle its length."""
+    settings, length = config.data, config.validate.seq_len or config.train.seq_len
+    settings.tokenizer = settle_tokenizer(config)
+    weights = {source: weight for source, weight in settings.weights[config.stage.name].items() if weight > 0}
+    tokenizer, corpus = prepare(settings, config.model.vocab_size, console.is_terminal, weights)
+    tokenizer.save(directory.path / "tokenizer")
+    stream = open_stream(settings, corpus, weights, config)
+    if config.train.by_epochs:
+        config.train.tokens = round(
+            (config.train.epochs or 0) * sum(use.tokens_per_epoch for use in stream.describe(0))
+        )
+    uses = stream.describe(config.train.total_steps * config.train.rows_per_step)
+    log.info("data\n%s", usage_table(uses))
+    directory.write_json("data.json", [asdict(use) for use in uses])
+    held_out = HeldOut(corpus, tokenizer, list(weights), length, config.validate.rows)
+    return Data(tokenizer, corpus, weights, stream, held_out, length)
+
+
+def open_stream(settings: DataConfig, corpus: Corpus, weights: dict[str, float], config: Config) -> TokenStream:
+    return TokenStream(
+        corpus,
+        weights,
+        config.train.seq_len,
+        settings.packing,
+        settings.length_buckets,
+        config.seed,
+        settings.long_conversations,
+    )
+
+
+def settle_tokenizer(config: Config) -> TokenizerConfig:
+    """`data.tokenizer`, with kind=inherit replaced by the file that came with the weights of `init_from`."""
+    settings = config.data.tokenizer
+    if settings.kind != "inherit":
+        return settings
+    source = handover.resolve(config)
+    folder = None if source is None else open_weights(source).tokenizer
+    if folder is None:
+        raise ConfigError(
+            f"data.tokenizer.kind=inherit: init_from={config.init_from} has no tokenizer beside its weights. "
+            "Name one with data.tokenizer.kind and data.tokenizer.path."
+        )
+    for kind, name in (("sentencepiece", "tokenizer.model"), ("huggingface", "tokenizer.json")):
+        if (folder / name).is_file():
+            return TokenizerConfig(kind, str(folder / name), None, settings.train_bytes, settings.aliases)
+    raise ConfigError(f"data.tokenizer.kind=inherit: {folder} holds neither tokenizer.model nor tokenizer.json.")
+
+
+def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory) -> CausalLM:
+    """Random or inherited weights, in fp32 until the engine casts them; writes handover.json."""
+    engine, dtype = config.engine, DTYPES[config.engine.dtype]
+    try:
+        log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
+    except ValueError as error:
+        raise ConfigError(f"engine.attention={engine.attention}: {error}") from error
+    source = handover.resolve(config)
+    model = CausalLM.from_config(
+        config.model,
+        device=device,
+        attention=engine.attention,
+        recompute=engine.recompute,
+        seed=config.seed if source is None else None,
+    )
+    origin = f"random, seed {config.seed}" if source is None else f"from {source}"
+    log.info("model %s: %s parameters, %s", config.model.name, f"{config.model.parameters()['total']:,}", origin)
+    if source is not None:
+        directory.write_json("handover.json", handover.as_rows(handover.load(model, source, config, tokenizer)))
+    return model
+
+
+def run_job(
+    config: Config,
+    directory: RunDirectory,
+    console: Console,
+    engine: Engine,
+    data: Data,
+    loss: LossFunction,
+    validate: Callable[[], dict[str, Any]],
+) -> tuple[Job, StopSignals]:
+    """Resume where there is something to resume, and train to the end or a signal."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    peak = peak_flops(device_name(engine.device), config.engine.dtype, config.run.peak_tflops)
+    if peak is not None:
+        log.info(FORMULA)
+    job = Job(
+        config=config,
+        run=directory,
+        engine=engine,
+        stream=data.stream,
+        loss=loss,
+        validate=validate,
+        throughput=Throughput(config.model, peak, devices=engine.world_size),
+        metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=engine.rank == 0),
+    )
+    resumed = resume(job)
+    record_start(directory, step=engine.step, config=text)
+    log.info("%s step %d of %d", "resumed at" if resumed else "starts at", engine.step, config.train.total_steps)
+    stop = train(job, console)
+    if stop.requested is not None:
+        log.warning(stop.message(engine.step))
+        record_end(directory, step=engine.step, status="stopped")
+    return job, stop
+
+
+def mark_finished(job: Job) -> None:
+    """The stage is complete: `stage=recipe` skips it from now on."""
+    finished = {"step": job.engine.step, "tokens": job.tokens, "epochs": job.config.train.epochs}
+    job.run.write_json("finished.json", finished)
+    record_end(job.run, step=job.engine.step, status="finished")
+    job.metrics.close()
+
+
+def is_complete(directory: RunDirectory, config: Config) -> bool:
+    """Has the stage run to its last step? A longer stage than before goes on from there."""
+    mark = directory.path / "finished.json"
+    if not mark.exists():
+        return False
+    finished = json.loads(mark.read_text(encoding="utf-8"))
+    if config.train.by_epochs:
+        return (finished["epochs"] or 0) >= (config.train.epochs or 0)
+    return finished["step"] >= config.train.total_steps
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,71 @@
+"""Supervised fine-tuning (report 4.1): ChatML conversations, loss on what the assistant says and on its end of turn.
+
+CPU         python train.py stage=sft model=tiny preset=demo
+real model  python train.py stage=sft model=smollm2_135m init_from=smollm2 adapter=lora train.steps=50
+one GPU     python train.py stage=sft model=7b data=my_dialogs init_from=/path/to/internlm2-7b adapter=qlora
+"""
+
+import logging
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from internlm2.config import Config
+from internlm2.data.batch import PackedBatch
+from internlm2.engine.base import LossSum
+from internlm2.engine.build import build_engine, prepare_device
+from internlm2.engine.single import DTYPES
+from internlm2.model.adapters import add_adapters, describe, merged_weights, save_adapter, set_dropout_step
+from internlm2.model.export import export_weights
+from internlm2.model.transformer import CausalLM
+from internlm2.model.weights import open_weights
+from internlm2.run.directory import RunDirectory
+from internlm2.stages.preparation import load_data, mark_finished, run_job, start_model
+from internlm2.stages.pretrain import token_loss
+from internlm2.stages.samples import write_answers
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, directory: RunDirectory, console: Console) -> int:
+    """One stage: build, resume, train, finish. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    device = prepare_device(config.engine)
+    data = load_data(config, directory, console)
+    model = start_model(config, device, data.tokenizer, directory)
+    if not list(directory.samples.glob("*.txt")):
+        write_answers(model, data.tokenizer, config.run, directory, 0)
+    add_adapters(model, config.adapter, config.seed)
+    if config.adapter.kind != "none":
+        log.info(describe(model, config.adapter))
+    engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
+
+    def loss(model: torch.nn.Module, batch: PackedBatch) -> LossSum:
+        set_dropout_step(model, engine.step)
+        return token_loss(model, batch)
+
+    def validate() -> dict[str, Any]:
+        write_answers(model, data.tokenizer, config.run, directory, engine.step)
+        return data.held_out.measure(engine, loss)
+
+    job, stop = run_job(config, directory, console, engine, data, loss, validate)
+    if stop.requested is not None:
+        return stop.exit_code
+
+    export(model, config, directory)
+    mark_finished(job)
+    return 0
+
+
+def export(model: CausalLM, config: Config, directory: RunDirectory) -> None:
+    """export/, with adapters merged, and adapter/ in PEFT's format where there is one."""
+    tokenizer = directory.path / "tokenizer"
+    weights = open_weights(directory.path) if config.adapter.kind == "none" else None
+    if weights is None:
+        weights = merged_weights(model, config.adapter, tokenizer)
+        save_adapter(directory.path / "adapter", config.adapter, config.model, model.named_parameters())
+        log.info("adapter saved to %s (PEFT)", directory.path / "adapter")
+    if config.checkpoint.export:
+        dtype = DTYPES[config.engine.dtype]
+        written = export_weights(weights, directory.export, dtype=dtype, tokenizer=tokenizer, overwrite=True)
+        log.info("exported to %s (official InternLM2 layout, %s)", written.folder, config.engine.dtype)
