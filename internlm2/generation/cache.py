@@ -1,10 +1,10 @@
 """Keys and values of the rows that are being generated: compact slots, shared by nobody, reused by everybody.
 
 Slots instead of pages. The decoder's time goes into reading keys and values; a slot is read in one straight run, while
-pages need either a kernel with a block table or a gather that copies the whole cache once more per layer and token
-(64 rows of 256 tokens of SmolLM2-135M: 15 MB a layer). What pages would save is handled
-otherwise: slots grow in steps with the longest row in them, a finished row's slot is given to the next prompt, and the
-active rows always are the first B slots.
+pages need a kernel with a block table, or a gather that costs four times the attention itself (64 rows of 256 tokens of
+SmolLM2-135M, one layer, one core: 4.2 against 1.1 ms). What pages would save is handled otherwise: slots grow in steps
+with the longest row in them, a finished row's slot is given to the next prompt, and the first B slots are always the
+active ones. What is not saved: samples of one prompt share its computation, not its memory.
 """
 
 import torch

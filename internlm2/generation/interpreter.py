@@ -53,7 +53,7 @@ def run_python(code: str, limits: Limits = Limits()) -> str:
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(work), "TMPDIR": str(work), "LANG": "C.UTF-8"}
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [*network_cut(), sys.executable, "-I", "-X", "utf8", "-c", code],
+                [*network_cut(), sys.executable, "-I", "-u", "-X", "utf8", "-c", code],
                 cwd=work,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import torch
 
 from internlm2.config import RopeScalingConfig
 from internlm2.generation import Engine, SamplingParams
+from internlm2.ops import dequantize_weight, quantize_weight
 from tests.generation.conftest import some_prompts, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=14, stop_ids=(7, 8))
@@ -247,3 +248,33 @@ def test_rows_in_flight_are_not_mixed_with_a_new_call(model):
         engine.generate([[3]], GREEDY)
     engine.clear()
     assert len(engine.generate([[3]], GREEDY)) == 1
+
+
+@pytest.mark.parametrize("quantize", ["w8", "w4"])
+def test_quantized_weights(prompts, quantize):
+    """The engine's log-probabilities are those of a model whose matrices were rounded in the same way."""
+    model = tiny_model(hidden_size=128, intermediate_size=256)
+    alone = Engine(model, max_rows=1, quantize=quantize).generate(prompts, SAMPLED)
+    assert texts(Engine(model, max_rows=7, quantize=quantize).generate(prompts, SAMPLED)) == texts(alone)
+    rounded = tiny_model(hidden_size=128, intermediate_size=256)
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and "tok_embeddings" not in name:
+                bits = 8 if quantize == "w8" or name == "output.weight" else 4
+                weight.copy_(dequantize_weight(quantize_weight(weight, bits=bits), torch.float32))
+    errors, distances = [], []
+    for answer in alone:
+        got = torch.tensor(answer.logprobs)
+        errors.append(got - forced_logprobs(rounded, prompts[answer.prompt], answer.tokens))
+        distances.append(got - forced_logprobs(model, prompts[answer.prompt], answer.tokens))
+    # What is left is the rounding of the activations to 8 bits.
+    assert (
+        torch.cat(errors).abs().mean() < (0.5 if quantize == "w4" else 1.0) * torch.cat(distances).abs().mean() + 0.02
+    )
+
+
+def test_an_adapter_must_be_merged_first():
+    model = tiny_model()
+    model.model.layers[0].attention.wo = torch.nn.Sequential(model.model.layers[0].attention.wo)
+    with pytest.raises(ValueError, match="merge the adapter"):
+        Engine(model)
