@@ -297,7 +297,7 @@ Tensor quantized_linear_cuda(Tensor x, Tensor words, Tensor scales, Tensor zeros
 
 }  // namespace
 
-// What only this device has: its own order of the codes. internlm2::quantized_linear is defined in internlm2/ops/schemas.py.
+// What only this device has: its own order of the codes. The other schemas are in internlm2/ops/schemas.py.
 static void define_packed_weights(torch::stable::detail::StableLibrary& m) {
   m.def("quantized_pack_cuda(Tensor codes, Tensor scales, Tensor? zeros, int inputs, int bits, int group) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -306,9 +306,23 @@ static void define_packed_weights(torch::stable::detail::StableLibrary& m) {
   m.def("dequantize_cuda(Tensor words, Tensor scales, Tensor zeros, int outputs, int inputs, int bits, int group) -> Tensor");
 }
 
-#ifdef INTERNLM2_EMULATION
-// The same functions as CPU operators of another namespace, one for each build (the tests load mutants beside the real one).
-STABLE_TORCH_LIBRARY(INTERNLM2_EMULATION, m) {
+static void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
+  m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("quantized_pack_cuda", TORCH_BOX(&quantized_pack_cuda));
+  m.impl("quantized_linear_cuda", TORCH_BOX(&quantized_linear_cuda));
+  m.impl("dequantize_cuda", TORCH_BOX(&dequantize_cuda));
+}
+
+#ifndef INTERNLM2_EMULATION
+STABLE_TORCH_LIBRARY_FRAGMENT(internlm2, m) { define_packed_weights(m); }
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) { implement(m); }
+#else
+// The same functions as CPU operators. Each build brings its own namespace: the tests load mutants beside the real one.
+extern "C" const char emulation_namespace[];
+
+static void define(torch::stable::detail::StableLibrary& m) {
   m.def(
       "rope_attention_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor? table_offsets, int max_seqlen, "
       "float scale) -> (Tensor, Tensor)");
@@ -318,15 +332,10 @@ STABLE_TORCH_LIBRARY(INTERNLM2_EMULATION, m) {
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor");
   define_packed_weights(m);
 }
-STABLE_TORCH_LIBRARY_IMPL(INTERNLM2_EMULATION, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_FRAGMENT(internlm2, m) { define_packed_weights(m); }
-STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
+
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
+static const StableTorchLibraryInit definitions(StableLibrary::Kind::DEF, define, emulation_namespace, nullptr, __FILE__, __LINE__);
+static const StableTorchLibraryInit implementations(StableLibrary::Kind::IMPL, implement, emulation_namespace, "CPU", __FILE__,
+                                                    __LINE__);
 #endif
-  m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
-  m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
-  m.impl("quantized_pack_cuda", TORCH_BOX(&quantized_pack_cuda));
-  m.impl("quantized_linear_cuda", TORCH_BOX(&quantized_linear_cuda));
-  m.impl("dequantize_cuda", TORCH_BOX(&dequantize_cuda));
-}

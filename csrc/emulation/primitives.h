@@ -30,7 +30,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
-inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncthreads(int line = __builtin_LINE()) { emulation::block_barrier(line); }
 void __syncwarp();
 float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
 float __shfl_sync(unsigned mask, float value, int source_lane);

@@ -271,9 +271,13 @@ void fail(const std::string& message) {
   throw FiberError{};
 }
 
-void block_barrier() {
+void block_barrier(int line) {
   Block* block = running_block;
   Fiber& fiber = *block->current;
+  if (block->at_barrier > 0 && block->barrier_line != line)
+    fail("threads of one block wait at different __syncthreads, lines " + std::to_string(block->barrier_line) + " and " +
+         std::to_string(line));
+  block->barrier_line = line;
   if (++block->at_barrier == block->live) {
     release_barrier(*block);
     return;

@@ -107,6 +107,7 @@ struct Block {
   uint3 index{};
   dim3 block_size, grid_size;
   unsigned live = 0, at_barrier = 0;
+  int barrier_line = 0;
   uint32_t epoch = 1;  // advanced by __syncthreads
   void* scheduler_stack_pointer = nullptr;
   Fiber* current = nullptr;
@@ -120,7 +121,7 @@ inline Fiber& current_fiber() { return *current_block()->current; }
 [[noreturn]] void fail(const std::string& message);
 
 void launch(const std::function<void()>& body, dim3 grid, dim3 block, size_t shared_bytes);
-void block_barrier();
+void block_barrier(int line);  // of the __syncthreads
 
 // Deposits `in` for the running lane; when all lanes are there, `compute` fills warp.out; returns this lane's result.
 using Compute = void (*)(Warp&);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,10 @@ CSRC = REPOSITORY / "csrc"
 BUILD = REPOSITORY / "build" / "emulation"
 FOLDERS = ("cuda", "emulation")
 # No STB_GNU_UNIQUE and no interposition: two builds in one process must not share a variable or a function.
-FLAGS = ("-std=c++20", "-fPIC", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden", "-fno-gnu-unique")
+FLAGS = (
+    *("-std=c++20", "-fPIC", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DINTERNLM2_EMULATION"),
+    *("-fvisibility=hidden", "-fno-gnu-unique"),
+)
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths()))
 JOBS = 2
 
@@ -85,11 +89,9 @@ def build(
     link_flags: tuple[str, ...] = (),
 ) -> Path:
     """The shared library of these sources, compiled unless it is there already. Skips the test where g++ is missing."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to compile the CUDA kernels for the CPU emulation")
+    compiler = _compiler()
     texts = sources(edits)
-    headers = "".join(text for name, text in texts.items() if name.endswith((".h", ".cuh")))
+    texts["namespace.cpp"] = f'extern "C" const char emulation_namespace[] = "{namespace}";\n'
     objects: list[Path] = []
     commands: list[tuple[list[str], Path]] = []
     tree = BUILD / "sources" / _digest(*texts.values())
@@ -98,8 +100,8 @@ def build(
             continue
         command = [compiler, *FLAGS, *flags]
         if name == "cuda/bindings.cpp":
-            command += [*TORCH_FLAGS, f"-DINTERNLM2_EMULATION={namespace}"]
-        target = BUILD / f"{Path(name).stem}-{_digest(text, headers, torch.__version__, *command)}.o"
+            command += TORCH_FLAGS
+        target = BUILD / f"{Path(name).stem}-{_digest(_with_headers(name, texts), torch.__version__, *command)}.o"
         objects.append(target)
         if not target.exists():
             commands.append(([*command, "-x", "c++", "-c", str(tree / name)], target))
@@ -117,8 +119,28 @@ def build(
     return library
 
 
+def build_plain(source: Path) -> Path:
+    """A shared library of one test source and the emulation, without torch: called through ctypes."""
+    compiler = _compiler()
+    runtime = [CSRC / "emulation" / name for name in ("runtime.cpp", "shared_memory.cpp", "primitives.cpp")]
+    texts = [source.read_text(), *sources().values()]
+    library = BUILD / f"lib{source.stem}-{_digest(*texts)}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        command = [compiler, *FLAGS, "-O1", "-shared", "-x", "c++", str(source), *map(str, runtime), "-lpthread"]
+        _compile(command, library)
+    return library
+
+
 def load(namespace: str = "internlm2_emulation", edits: dict[str, list[tuple[str, str]]] | None = None) -> Emulation:
     return Emulation(build(namespace, edits), namespace)
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to compile the CUDA kernels for the CPU emulation")
+    return compiler
 
 
 def _compile(command: list[str], target: Path) -> None:
@@ -128,6 +150,19 @@ def _compile(command: list[str], target: Path) -> None:
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
     partial.rename(target)
+
+
+def _with_headers(name: str, texts: dict[str, str]) -> str:
+    """A source and all it includes from csrc: what its object file depends on."""
+    pending, seen = [name], []
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.append(current)
+        included = re.findall(r'^#include "(.+)"', texts[current], flags=re.MULTILINE)
+        pending += [os.path.normpath(Path(current).parent / path) for path in included]
+    return "".join(texts[path] for path in sorted(seen))
 
 
 def _digest(*parts: str) -> str:
