@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "device.h"
 #include "params.h"
@@ -16,7 +17,6 @@ extern "C" {
 void rotate_launch(const RotateParams&, cudaStream_t);
 void attention_forward_launch(const AttentionForwardParams&, cudaStream_t);
 void attention_backward_launch(const AttentionBackwardParams&, cudaStream_t);
-void quantized_pack_launch(const QuantizedPackParams&, cudaStream_t);
 void quantized_linear_launch(const QuantizedLinearParams&, cudaStream_t);
 void dequantize_launch(const DequantizeParams&, cudaStream_t);
 void decode_attention_launch(const DecodeAttentionParams&, cudaStream_t);
@@ -206,117 +206,73 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths
 // tensor cores, which from here on costs more than the expansion saves. An estimate from bandwidth and peak, not measured.
 constexpr int64_t kDenseRows = 256;
 
-int64_t groups_of(int64_t inputs, int64_t group) { return (inputs + group - 1) / group; }
-
-void check_quantization(const char* operation, int64_t inputs, int64_t bits, int64_t group) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, operation, ": weights have 4 or 8 bits, got ", bits, ".");
-  STD_TORCH_CHECK(group > 0 && group % 64 == 0, operation, ": the CUDA kernels take groups of a multiple of 64 inputs, got ", group,
-                  ".");
-  STD_TORCH_CHECK(inputs > 0 && inputs % 8 == 0, operation, ": the CUDA kernels take a multiple of 8 inputs, got ", inputs, ".");
-}
-
-// Codes [N, K * bits / 8] uint8 (4 bit: the lower input in the low half of a byte), scales [N, groups] fp32 and zeros
-// [N, groups] uint8 or none, in the order that the kernel reads: words, scales, zeros.
-std::tuple<Tensor, Tensor, Tensor> quantized_pack_cuda(Tensor codes, Tensor scales, std::optional<Tensor> zeros, int64_t inputs,
-                                                       int64_t bits, int64_t group) {
-  const char* operation = "quantized_pack_cuda";
-  check_quantization(operation, inputs, bits, group);
-  check_plain("quantized_pack_cuda: codes", codes, ScalarType::Byte, "uint8");
-  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) == inputs * bits / 8, operation, ": codes must be [outputs, ",
-                  inputs * bits / 8, "], got ", shape(codes), ".");
-  const int64_t outputs = codes.size(0), groups = groups_of(inputs, group), tiles = (outputs + 15) / 16;
-  check_plain("quantized_pack_cuda: scales", scales, ScalarType::Float, "float32");
-  STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) == outputs && scales.size(1) == groups, operation, ": scales must be [",
-                  outputs, ", ", groups, "], got ", shape(scales), ".");
-  if (zeros.has_value()) {
-    check_plain("quantized_pack_cuda: zeros", *zeros, ScalarType::Byte, "uint8");
-    STD_TORCH_CHECK(zeros->dim() == 2 && zeros->size(0) == outputs && zeros->size(1) == groups, operation, ": zeros must be [",
-                    outputs, ", ", groups, "], got ", shape(*zeros), ".");
-  }
-  const OnDevice place(codes);
-  Tensor words = torch::stable::new_empty(codes, {tiles, (inputs + 63) / 64 * (bits / 4), 32, 16});
-  Tensor packed_scales = torch::stable::new_empty(scales, {groups, tiles * 16});
-  Tensor packed_zeros = torch::stable::new_empty(scales, {groups, tiles * 16});
-  const QuantizedWeight weight{words.data_ptr(), pointer<float>(packed_scales), pointer<float>(packed_zeros), (int32_t)outputs,
-                               (int32_t)inputs, (int32_t)bits, (int32_t)group};
-  quantized_pack_launch({pointer<const uint8_t>(codes), pointer<const float>(scales),
-                         zeros.has_value() ? pointer<const uint8_t>(*zeros) : nullptr, weight},
-                        place.stream);
-  place.check_launch(operation);
-  return {words, packed_scales, packed_zeros};
-}
-
-QuantizedWeight packed_argument(const char* operation, const Tensor& words, const Tensor& scales, const Tensor& zeros,
-                                int64_t outputs, int64_t inputs, int64_t bits, int64_t group) {
-  check_quantization(operation, inputs, bits, group);
+QuantizedWeight quantized_argument(const char* operation, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
+                                   int64_t bits, int64_t outputs, int64_t inputs) {
   const std::string prefix = std::string(operation) + ": ";
-  check_plain((prefix + "words").c_str(), words, ScalarType::Byte, "uint8");
-  check_plain((prefix + "scales").c_str(), scales, ScalarType::Float, "float32");
-  check_plain((prefix + "zeros").c_str(), zeros, ScalarType::Float, "float32");
-  const int64_t tiles = (outputs + 15) / 16, affine = groups_of(inputs, group) * tiles * 16;
-  STD_TORCH_CHECK(outputs >= 0 && words.numel() == tiles * ((inputs + 63) / 64) * (bits / 4) * 512 && scales.numel() == affine &&
-                      zeros.numel() == affine,
-                  operation, ": words, scales and zeros are not those of a packed [", outputs, ", ", inputs, "] weight of ", bits,
-                  " bits in groups of ", group, ".");
-  return {words.data_ptr(), pointer<float>(scales), pointer<float>(zeros), (int32_t)outputs, (int32_t)inputs, (int32_t)bits,
-          (int32_t)group};
+  STD_TORCH_CHECK(bits == 4 || bits == 8, operation, ": weights have 4 or 8 bits, got ", bits, ".");
+  STD_TORCH_CHECK(outputs >= 0 && inputs > 0, operation, ": a weight of [", outputs, ", ", inputs, "] is empty.");
+  check_plain((prefix + "packed").c_str(), packed, ScalarType::Byte, "uint8");
+  check_plain((prefix + "scales").c_str(), scales, ScalarType::BFloat16, "bfloat16");
+  check_plain((prefix + "zeros").c_str(), zeros, ScalarType::Byte, "uint8");
+  const int64_t places = (outputs + 15) / 16 * ((inputs + 127) / 128);
+  STD_TORCH_CHECK(packed.numel() == places * 256 * bits && scales.numel() == places * 16 &&
+                      (zeros.numel() == 0 || zeros.numel() == places * 16),
+                  operation, ": packed, scales and zeros are not those of a [", outputs, ", ", inputs, "] weight of ", bits, " bits.");
+  return {packed.data_ptr(), scales.data_ptr(), zeros.numel() == 0 ? nullptr : pointer<const uint8_t>(zeros), (int32_t)outputs,
+          (int32_t)inputs, (int32_t)bits};
 }
 
-Tensor expand(const QuantizedWeight& weight, const Tensor& like, ScalarType type, cudaStream_t stream) {
-  Tensor out = torch::stable::new_empty(like, {weight.outputs, weight.inputs}, type);
-  dequantize_launch({weight, out.data_ptr()}, stream);
+Tensor expand(const QuantizedWeight& weight, const Tensor& like, bool wide, const OnDevice& place) {
+  Tensor out = torch::stable::new_empty(like, {weight.outputs, weight.inputs}, wide ? ScalarType::Float : ScalarType::BFloat16);
+  dequantize_launch({weight, out.data_ptr(), wide}, place.stream);
+  place.check_launch("dequantize_weight");
   return out;
 }
 
-Tensor dequantize_cuda(Tensor words, Tensor scales, Tensor zeros, int64_t outputs, int64_t inputs, int64_t bits, int64_t group) {
-  const QuantizedWeight weight = packed_argument("dequantize_cuda", words, scales, zeros, outputs, inputs, bits, group);
-  const OnDevice place(words);
-  Tensor out = expand(weight, words, ScalarType::BFloat16, place.stream);
-  place.check_launch("dequantize_cuda");
-  return out;
+Tensor dequantize_weight(Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t outputs, int64_t inputs, bool wide) {
+  const QuantizedWeight weight = quantized_argument("dequantize_weight", packed, scales, zeros, bits, outputs, inputs);
+  return expand(weight, packed, wide, OnDevice(packed));
 }
 
-Tensor quantized_linear_cuda(Tensor x, Tensor words, Tensor scales, Tensor zeros, int64_t outputs, int64_t inputs, int64_t bits,
-                             int64_t group) {
-  const char* operation = "quantized_linear_cuda";
-  const QuantizedWeight weight = packed_argument(operation, words, scales, zeros, outputs, inputs, bits, group);
-  check_plain("quantized_linear_cuda: x", x, ScalarType::BFloat16, "bfloat16");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == inputs, operation, ": x must be [rows, ", inputs, "], got ", shape(x), ".");
-  check_rows("quantized_linear_cuda: x", x);
+Tensor quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t outputs, int64_t inputs,
+                        int64_t act_bits) {
+  const char* operation = "quantized_linear";
+  const QuantizedWeight weight = quantized_argument(operation, packed, scales, zeros, bits, outputs, inputs);
+  STD_TORCH_CHECK(act_bits == 16, operation, ": the CUDA kernels take act_bits=16, got ", act_bits, ".");
+  const bool wide = x.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(OnDevice::holds(x) && (wide || x.scalar_type() == ScalarType::BFloat16), operation,
+                  ": x must be bfloat16 or float32 on ", OnDevice::name, ".");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == inputs, operation, ": x must be [..., ", inputs, "], got ", shape(x), ".");
   const OnDevice place(x);
-  if (x.size(0) > kDenseRows) {
-    const Tensor dense = expand(weight, x, ScalarType::BFloat16, place.stream);
-    place.check_launch(operation);
-    return torch::stable::matmul(x, torch::stable::transpose(dense, 0, 1));
+  std::vector<int64_t> result_shape;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) result_shape.push_back(x.size(i)), rows *= x.size(i);
+  result_shape.push_back(outputs);
+  Tensor flat = torch::stable::reshape(x, {rows, inputs});
+  flat = torch::stable::contiguous(wide ? torch::stable::to(flat, ScalarType::BFloat16) : flat);
+  // Rows of an odd length do not start at multiples of 16 bytes, which asynchronous copies need.
+  if (rows > kDenseRows || inputs % 8 != 0 || reinterpret_cast<uintptr_t>(flat.data_ptr()) % 16 != 0) {
+    const Tensor dense = expand(weight, x, wide, place);
+    const Tensor rounded = wide ? torch::stable::to(flat, ScalarType::Float) : flat;
+    return torch::stable::reshape(torch::stable::matmul(rounded, torch::stable::transpose(dense, 0, 1)), result_shape);
   }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), outputs});
-  quantized_linear_launch({x.data_ptr(), weight, y.data_ptr(), (int32_t)x.size(0)}, place.stream);
+  Tensor y = torch::stable::new_empty(x, result_shape);
+  quantized_linear_launch({flat.data_ptr(), weight, y.data_ptr(), (int32_t)rows, wide}, place.stream);
   place.check_launch(operation);
   return y;
 }
 
 }  // namespace
 
-// What only this device has: its own order of the codes. The other schemas are in internlm2/ops/schemas.py.
-static void define_packed_weights(torch::stable::detail::StableLibrary& m) {
-  m.def("quantized_pack_cuda(Tensor codes, Tensor scales, Tensor? zeros, int inputs, int bits, int group) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "quantized_linear_cuda(Tensor x, Tensor words, Tensor scales, Tensor zeros, int outputs, int inputs, int bits, int group) -> "
-      "Tensor");
-  m.def("dequantize_cuda(Tensor words, Tensor scales, Tensor zeros, int outputs, int inputs, int bits, int group) -> Tensor");
-}
-
 static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
   m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
-  m.impl("quantized_pack_cuda", TORCH_BOX(&quantized_pack_cuda));
-  m.impl("quantized_linear_cuda", TORCH_BOX(&quantized_linear_cuda));
-  m.impl("dequantize_cuda", TORCH_BOX(&dequantize_cuda));
+  m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
 }
 
 #ifndef INTERNLM2_EMULATION
-STABLE_TORCH_LIBRARY_FRAGMENT(internlm2, m) { define_packed_weights(m); }
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) { implement(m); }
 #else
 // The same functions as CPU operators. Each build brings its own namespace: the tests load mutants beside the real one.
@@ -330,7 +286,12 @@ static void define(torch::stable::detail::StableLibrary& m) {
       "rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cos, Tensor sin, Tensor cu_seqlens, "
       "Tensor? table_offsets, int max_seqlen, float scale) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor");
-  define_packed_weights(m);
+  m.def(
+      "dequantize_weight(Tensor packed, Tensor scales, Tensor zeros, int bits, int out_features, int in_features, bool wide) -> "
+      "Tensor");
+  m.def(
+      "quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int bits, int out_features, int in_features, "
+      "int act_bits) -> Tensor");
 }
 
 using torch::stable::detail::StableLibrary;

@@ -72,34 +72,26 @@ struct DecodeAttentionParams {
   float scale;
 };
 
-// Weights of a linear layer y = x W^T in the order in which the mma fragments take them, W = (code - zero) * scale.
-//
-// words   4 bit: [ceil(N / 16), ceil(K / 64), 32 lanes] of 16 bytes, 64 inputs of 16 outputs; 8 bit: the same with K / 32.
-//         The layout of the 16 bytes is stated at fragment_code() in quantized_linear.cu.
-// scales  fp32 [ceil(K / group), 16 * ceil(N / 16)]
-// zeros   fp32, same shape: whole numbers, 0 .. 2^bits - 1
+// A linear layer's weight W [N, K] = (code - zero) * scale in the layout that all devices share: tiles of 16 outputs, groups of
+// 128 inputs, both padded. Per tile and group, blocks of 64 bytes along K; in a block output c owns the 32-bit word c.
+//   4 bit: a block is 8 inputs, byte j = code(j) | code(4 + j) << 4;  8 bit: a block is 4 inputs, byte j = code(j)
 struct QuantizedWeight {
-  void* words;
-  float* scales;
-  float* zeros;
-  int32_t outputs, inputs, bits, group;  // group: inputs that share a scale, a multiple of 64
-};
-
-struct QuantizedPackParams {
-  const uint8_t* codes;  // 4 bit: [N, ceil(K / 2)], the lower input in the low half of a byte; 8 bit: [N, K]
-  const float* scales;   // [N, ceil(K / group)]
-  const uint8_t* zeros;  // [N, ceil(K / group)], or null: 2^(bits - 1)
-  QuantizedWeight weight;
+  const void* packed;    // [tiles, groups, 256 * bits] bytes
+  const void* scales;    // bf16 [tiles, groups, 16]
+  const uint8_t* zeros;  // [tiles, groups, 16], or null: 2^(bits - 1)
+  int32_t outputs, inputs, bits;
 };
 
 struct QuantizedLinearParams {
   const void* x;  // bf16 [M, K], contiguous, K a multiple of 8
   QuantizedWeight weight;
-  void* y;  // bf16 [M, N]
+  void* y;  // [M, N], fp32 if wide, else bf16
   int32_t rows;
+  bool wide;
 };
 
 struct DequantizeParams {
   QuantizedWeight weight;
-  void* out;  // bf16 [N, K]
+  void* out;  // [N, K], fp32 if wide, else bf16
+  bool wide;
 };

@@ -1,26 +1,30 @@
-// y = x W^T with 4 or 8 bit weights and bf16 activations (W4A16, W8A16), fp32 sums.
+// y = x W^T with 4 or 8 bit weights and bf16 activations (W4A16, W8A16), fp32 sums. The weight's layout is in params.h.
 //
 // Few rows: reading W is all the time there is, so the warps of a block also divide the inputs among themselves, and W
 // travels through a ring of asynchronous copies deep enough to keep the memory busy. Codes become bf16 without loss (an
 // integer below 256 in size has at most 8 significant bits); a group's scale is applied to its fp32 sum, not to each
 // weight, which saves the rounding of code * scale and a multiplication a weight.
+//
+// The layout gives a lane whole words of one output, not the inputs 2t, 2t + 1, 2t + 8, 2t + 9 that an mma takes. A product
+// does not care about the order of its inputs, so lane t takes inputs 16t .. 16t + 15 of every 64, of x as well as of W:
+// x is then read as plain 16-byte words in place of ldmatrix, at the same cost.
 #include "params.h"
 #include "tiles.cuh"
 
 namespace {
 
 using cu::bf16;
-constexpr int kStep = 64;   // inputs of one stage: a row of x is then 128 bytes, all banks
-constexpr int kTile = 16;   // outputs of one fragment column
+constexpr int kStep = 64;  // inputs of one stage: a row of x is then 128 bytes, all banks
+constexpr int kTile = 16, kGroup = 128, kGroupSteps = kGroup / kStep;
 
 // Bits, rows of x in a block, warps along outputs and along inputs, tiles of 16 outputs a warp, stages of the ring.
 template <int Bits_, int Rows_, int WarpsN_, int WarpsK_, int Tiles_, int Stages_>
 struct Shape {
   static constexpr int Bits = Bits_, Rows = Rows_, WarpsN = WarpsN_, WarpsK = WarpsK_, Tiles = Tiles_, Stages = Stages_;
   static constexpr int Warps = WarpsN * WarpsK, Threads = Warps * 32, BlockTiles = WarpsN * Tiles;
-  static constexpr int Loads = Bits / 4;  // 16-byte loads a lane, tile and step
-  static constexpr int InputBytes = Rows * kStep * 2, WeightBytes = Tiles * Loads * 512, AffineBytes = Tiles * kTile * 2 * 4;
-  static constexpr int StageBytes = WarpsK * InputBytes + Warps * (WeightBytes + AffineBytes);
+  static constexpr int TileBytes = kStep * kTile * Bits / 8, AffineBytes = 64;  // of a tile and step; 16 scales, 16 zeros
+  static constexpr int InputBytes = Rows * kStep * 2, WarpBytes = Tiles * (TileBytes + AffineBytes);
+  static constexpr int StageBytes = WarpsK * InputBytes + Warps * WarpBytes;
   static constexpr int SharedBytes = Stages * StageBytes;
   static constexpr int SumStride = BlockTiles * kTile + 8;  // floats; the four rows of a half warp fall into different banks
   static_assert((WarpsK - 1) * Rows * SumStride * 4 <= SharedBytes, "the reduction reuses the ring");
@@ -32,89 +36,60 @@ struct Stage {
   unsigned char* base;
   __device__ __forceinline__ Stage(unsigned char* ring, int index) : base(ring + index * S::StageBytes) {}
   __device__ __forceinline__ bf16* inputs(int part) const { return reinterpret_cast<bf16*>(base + part * S::InputBytes); }
-  __device__ __forceinline__ uint4* words(int warp) const {
-    return reinterpret_cast<uint4*>(base + S::WarpsK * S::InputBytes + warp * S::WeightBytes);
+  __device__ __forceinline__ unsigned char* codes(int warp, int tile) const {
+    return base + S::WarpsK * S::InputBytes + warp * S::WarpBytes + tile * (S::TileBytes + S::AffineBytes);
   }
-  // [Tiles * 16] scales, then as many zeros
-  __device__ __forceinline__ float* affine(int warp) const {
-    return reinterpret_cast<float*>(base + S::WarpsK * S::InputBytes + S::Warps * S::WeightBytes + warp * S::AffineBytes);
-  }
+  // 16 scales as bf16, then 16 zeros as bytes
+  __device__ __forceinline__ unsigned char* affine(int warp, int tile) const { return codes(warp, tile) + S::TileBytes; }
 };
 
-// Code number `index` (0 .. 31 for 4 bits, 0 .. 15 for 8) of a lane's 16 bytes belongs to this output and input of its tile.
-// A word of 4-bit codes holds one k16 step; bits 4 * (2n + h) + 16 * e: output n * 8 + g, input h * 8 + 2t + e. Two words of
-// 8-bit codes hold one k16 step, word n: bytes 2h + e. So a shift and a mask give a pair of one B register.
-struct Place {
-  int output, input;
-};
-__device__ __forceinline__ Place fragment_code(int bits, int lane, int index) {
-  const int g = lane / 4, t = lane % 4;
-  if (bits == 4) {
-    const int word = index / 8, nibble = index % 8, pair = nibble % 4, e = nibble / 4;
-    return {pair / 2 * 8 + g, word * 16 + pair % 2 * 8 + 2 * t + e};
-  }
-  const int word = index / 4, byte = index % 4;
-  return {word % 2 * 8 + g, word / 2 * 16 + byte / 2 * 8 + 2 * t + byte % 2};
-}
-
-// The two B registers of output n * 8 + g for a k16 step; `zero` is that output's zero point.
+// Two blocks of 64 bytes make a line of 128. Lanes t = 0 .. 3 read lines Bits / 4 apart at the same place, so the 16-byte
+// chunks of a line move by twice the t that reads it.
 template <int Bits>
-__device__ __forceinline__ void dequantize(uint32_t (&b)[2], const uint32_t* words, int step, int n, float zero) {
-  if constexpr (Bits == 4) {
-    const uint32_t offset = cu::pack_bf16(128.f + zero, 128.f + zero);
-#pragma unroll
-    for (int h = 0; h < 2; h++)  // 0x4300 | code is the bf16 128 + code
-      b[h] = cu::subtract_bf16x2((words[step] >> (4 * (2 * n + h)) & 0x000F000Fu) | 0x43004300u, offset);
-  } else {
-    const uint32_t word = words[step * 2 + n];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {  // 0x4B000000 | code is the fp32 2^23 + code
-      const float low = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + 2 * h)) - 8388608.f;
-      const float high = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7441 + 2 * h)) - 8388608.f;
-      b[h] = cu::pack_bf16(low - zero, high - zero);
-    }
-  }
+__device__ __forceinline__ int swizzled_chunk(int chunk) {
+  const int line = chunk / 8, t = line / (Bits / 4);
+  return line * 8 + ((chunk % 8) ^ (2 * t));
 }
 
 // What this block and warp work on.
 struct Work {
-  int first_row, first_tile, tiles, steps, groups, part_steps, warp, part, warp_tile;
+  int first_row, first_tile, tiles, groups, part_groups, warp, part, warp_tile;
 };
 
 template <class S>
-__device__ __forceinline__ void load_stage(const QuantizedLinearParams& p, const Work& work, unsigned char* ring, int index, int step) {
-  const Stage<S> stage(ring, index);
+__device__ __forceinline__ void load_inputs(const QuantizedLinearParams& p, const Work& work, const Stage<S>& stage, int step) {
   constexpr int kChunks = kStep / 8, kItems = S::WarpsK * S::Rows * kChunks;
   static_assert(kItems % S::Threads == 0);
 #pragma unroll
   for (int i = 0; i < kItems / S::Threads; i++) {
     const int item = i * S::Threads + threadIdx.x, chunk = item % kChunks, row = item / kChunks % S::Rows;
-    const int part = item / kChunks / S::Rows, own_step = part * work.part_steps + step;
-    const int input = own_step * kStep + chunk * 8;
-    const bool valid = work.first_row + row < p.rows && step < work.part_steps && input < p.weight.inputs;
+    const int part = item / kChunks / S::Rows, input = (part * work.part_groups * kGroupSteps + step) * kStep + chunk * 8;
+    const bool valid = work.first_row + row < p.rows && step < work.part_groups * kGroupSteps && input < p.weight.inputs;
     const bf16* source = static_cast<const bf16*>(p.x) + (valid ? int64_t(work.first_row + row) * p.weight.inputs + input : 0);
     cu::cp_async_16(stage.inputs(part) + tile::swizzled<kStep>(row, chunk), source, valid);
   }
-  const int lane = threadIdx.x % 32, own_step = work.part * work.part_steps + step;
-  const bool step_valid = step < work.part_steps && own_step < work.steps;
+}
+
+template <class S>
+__device__ __forceinline__ void load_stage(const QuantizedLinearParams& p, const Work& work, unsigned char* ring, int index, int step) {
+  const Stage<S> stage(ring, index);
+  load_inputs<S>(p, work, stage, step);
+  const int lane = threadIdx.x % 32, group = work.part * work.part_groups + step / kGroupSteps;
 #pragma unroll
   for (int i = 0; i < S::Tiles; i++) {
-    const int n = work.warp_tile + i;
-    const bool valid = step_valid && n < work.tiles;
+    const bool valid = step / kGroupSteps < work.part_groups && group < work.groups && work.warp_tile + i < work.tiles;
+    const int64_t place = valid ? int64_t(work.warp_tile + i) * work.groups + group : 0;
+    const unsigned char* codes = static_cast<const unsigned char*>(p.weight.packed) + place * (kGroupSteps * S::TileBytes) +
+                                 step % kGroupSteps * S::TileBytes;
 #pragma unroll
-    for (int j = 0; j < S::Loads; j++) {
-      const int64_t word = valid ? ((int64_t(n) * work.steps + own_step) * S::Loads + j) * 32 + lane : 0;
-      cu::cp_async_16(stage.words(work.warp) + (i * S::Loads + j) * 32 + lane, static_cast<const uint4*>(p.weight.words) + word, valid);
-    }
-    // The last group may end before its last step, yet its scale is needed there.
-    const int group = own_step * kStep / p.weight.group;
-    const bool exists = n < work.tiles && group < work.groups;
-    const int64_t column = exists ? (int64_t(group) * work.tiles + n) * kTile + lane % kTile : 0;
-    const float* source = lane < kTile ? p.weight.scales : p.weight.zeros;
-    cu::cp_async_4(stage.affine(work.warp) + (lane < kTile ? 0 : S::Tiles * kTile) + i * kTile + lane % kTile, source + column, exists);
+    for (int j = 0; j < S::TileBytes / 512; j++)
+      cu::cp_async_16(stage.codes(work.warp, i) + swizzled_chunk<S::Bits>(j * 32 + lane) * 16, codes + (j * 32 + lane) * 16, valid);
+    if (lane < 2) cu::cp_async_16(stage.affine(work.warp, i) + lane * 16, static_cast<const bf16*>(p.weight.scales) + place * kTile + lane * 8, valid);
+    if (lane == 2 && p.weight.zeros) cu::cp_async_16(stage.affine(work.warp, i) + 32, p.weight.zeros + place * kTile, valid);
   }
 }
 
+// Sums of 16 x 8 tiles: rows of x by outputs.
 template <class S>
 struct Sums {
   float value[S::Rows / 16][2 * S::Tiles][4];
@@ -128,51 +103,85 @@ struct Sums {
   }
 };
 
+// bf16 codes minus zero of inputs 4k .. 4k + 3 of this lane's 16, from the words of one output: the B registers of product k.
+template <int Bits>
+__device__ __forceinline__ void dequantize(uint32_t (&b)[2], const uint32_t (&words)[Bits / 2], int k, float zero) {
+  if constexpr (Bits == 4) {
+    const uint32_t offset = cu::pack_bf16(128.f + zero, 128.f + zero), codes = words[k / 2] >> (4 * (k % 2)) & 0x0F0F0F0Fu;
+#pragma unroll
+    for (int h = 0; h < 2; h++)  // 0x4300 | code is the bf16 128 + code
+      b[h] = cu::subtract_bf16x2(__byte_perm(codes, 0x43434343u, h ? 0x4342 : 0x4140), offset);
+  } else {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {  // 0x4B000000 | code is the fp32 2^23 + code
+      const float low = __uint_as_float(__byte_perm(words[k], 0x4B000000u, 0x7440 + 2 * h)) - 8388608.f;
+      const float high = __uint_as_float(__byte_perm(words[k], 0x4B000000u, 0x7441 + 2 * h)) - 8388608.f;
+      b[h] = cu::pack_bf16(low - zero, high - zero);
+    }
+  }
+}
+
+// Words of output n * 8 + g with this lane's 16 inputs, and its zero point.
+template <class S>
+__device__ __forceinline__ float load_codes(uint32_t (&words)[S::Bits / 2], const Stage<S>& stage, const Work& work, int tile, int n,
+                                            bool symmetric) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, output = n * 8 + g;
+#pragma unroll
+  for (int i = 0; i < S::Bits / 2; i++) {
+    const int block = t * (S::Bits / 2) + i;
+    const int chunk = swizzled_chunk<S::Bits>(block * 4 + output / 4);
+    words[i] = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.codes(work.warp, tile) + chunk * 16) + output % 4);
+  }
+  if (symmetric) return float(1 << (S::Bits - 1));
+  const uint32_t four = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, tile) + 32) + output / 4);
+  return float(four >> (8 * (output % 4)) & 0xFF);
+}
+
 // Adds 64 inputs of the warp's outputs, codes only.
 template <class S>
-__device__ __forceinline__ void multiply_step(Sums<S>& sums, const Stage<S>& stage, const Work& work) {
-  const int lane = threadIdx.x % 32, g = lane / 4;
+__device__ __forceinline__ void multiply_step(Sums<S>& sums, const Stage<S>& stage, const Work& work, bool symmetric) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const bf16* inputs = stage.inputs(work.part);
-  const int offset = tile::lane_offset<kStep, true>(0);
-  uint32_t words[S::Tiles][4 * S::Loads];
+  uint32_t words[2 * S::Tiles][S::Bits / 2];
   float zeros[2 * S::Tiles];
 #pragma unroll
-  for (int i = 0; i < S::Tiles; i++) {
+  for (int n = 0; n < 2 * S::Tiles; n++) zeros[n] = load_codes<S>(words[n], stage, work, n / 2, n % 2, symmetric);
 #pragma unroll
-    for (int j = 0; j < S::Loads; j++) {
-      const uint4 four = cu::load_shared(stage.words(work.warp) + (i * S::Loads + j) * 32 + lane);
-      words[i][4 * j] = four.x, words[i][4 * j + 1] = four.y, words[i][4 * j + 2] = four.z, words[i][4 * j + 3] = four.w;
-    }
+  for (int half = 0; half < 2; half++) {  // of the lane's 16 inputs
+    uint4 x[S::Rows / 16][2];
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-      zeros[2 * i + n] = cu::load_shared(stage.affine(work.warp) + (S::Tiles + i) * kTile + n * 8 + g);
-  }
+    for (int m = 0; m < S::Rows / 16; m++)
 #pragma unroll
-  for (int k = 0; k < kStep / 16; k++) {
-    uint32_t b[2 * S::Tiles][2];
+      for (int h = 0; h < 2; h++)
+        x[m][h] = cu::load_shared(reinterpret_cast<const uint4*>(inputs + tile::swizzled<kStep>(m * 16 + g + h * 8, 2 * t + half)));
 #pragma unroll
-    for (int n = 0; n < 2 * S::Tiles; n++) dequantize<S::Bits>(b[n], words[n / 2], k, n % 2, zeros[n]);
+    for (int k = 0; k < 2; k++) {
+      uint32_t b[2 * S::Tiles][2];
 #pragma unroll
-    for (int m = 0; m < S::Rows / 16; m++) {
-      uint32_t a[4];
-      tile::load_a<kStep>(a, inputs + m * 16 * kStep, offset, k);
+      for (int n = 0; n < 2 * S::Tiles; n++) dequantize<S::Bits>(b[n], words[n], 2 * half + k, zeros[n]);
 #pragma unroll
-      for (int n = 0; n < 2 * S::Tiles; n++) cu::mma_bf16(sums.value[m][n], a, b[n][0], b[n][1]);
+      for (int m = 0; m < S::Rows / 16; m++) {
+        const uint4 &low = x[m][0], &high = x[m][1];  // rows g and g + 8
+        const uint32_t a[4] = {k ? low.z : low.x, k ? high.z : high.x, k ? low.w : low.y, k ? high.w : high.y};
+#pragma unroll
+        for (int n = 0; n < 2 * S::Tiles; n++) cu::mma_bf16(sums.value[m][n], a, b[n][0], b[n][1]);
+      }
     }
   }
 }
 
 // The end of a group: its sums times its scales move to the totals.
 template <class S>
-__device__ __forceinline__ void close_group(Sums<S>& totals, Sums<S>& sums, const float* scales) {
+__device__ __forceinline__ void close_group(Sums<S>& totals, Sums<S>& sums, const Stage<S>& stage, const Work& work) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < 2 * S::Tiles; n++) {
-    const float2 scale = cu::load_shared(reinterpret_cast<const float2*>(scales + n * 8 + 2 * t));
+    const uint32_t pair = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, n / 2)) + n % 2 * 4 + t);
+    const float even = cu::low_float(pair), odd = cu::high_float(pair);
 #pragma unroll
     for (int m = 0; m < S::Rows / 16; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) totals.value[m][n][e] += sums.value[m][n][e] * (e & 1 ? scale.y : scale.x);
+      for (int e = 0; e < 4; e++) totals.value[m][n][e] += sums.value[m][n][e] * (e & 1 ? odd : even);
   }
   sums.clear();
 }
@@ -181,18 +190,17 @@ __device__ __forceinline__ void close_group(Sums<S>& totals, Sums<S>& sums, cons
 template <class S>
 __device__ __forceinline__ void reduce_parts(Sums<S>& totals, float* shared, const Work& work) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, column = (work.warp_tile - work.first_tile) * kTile;
+  if (work.part > 0) {
 #pragma unroll
-  for (int m = 0; m < S::Rows / 16; m++)
+    for (int m = 0; m < S::Rows / 16; m++)
 #pragma unroll
-    for (int n = 0; n < 2 * S::Tiles; n++)
+      for (int n = 0; n < 2 * S::Tiles; n++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float* place = shared + (m * 16 + g + h * 8) * S::SumStride + column + n * 8 + 2 * t;
-        if (work.part > 0) {
-          cu::store_shared(reinterpret_cast<float2*>(place + (work.part - 1) * S::Rows * S::SumStride),
+        for (int h = 0; h < 2; h++)
+          cu::store_shared(reinterpret_cast<float2*>(shared + ((work.part - 1) * S::Rows + m * 16 + g + h * 8) * S::SumStride +
+                                                     column + n * 8 + 2 * t),
                            make_float2(totals.value[m][n][2 * h], totals.value[m][n][2 * h + 1]));
-        }
-      }
+  }
   __syncthreads();
   if (work.part > 0) return;
 #pragma unroll
@@ -209,10 +217,22 @@ __device__ __forceinline__ void reduce_parts(Sums<S>& totals, float* shared, con
         }
 }
 
+// Two neighbours of a row of `width`, of which only the first need exist.
+__device__ __forceinline__ void store_pair(void* target, bool wide, int64_t place, bool both, float first, float second) {
+  if (wide) {
+    static_cast<float*>(target)[place] = first;
+    if (both) static_cast<float*>(target)[place + 1] = second;
+  } else if (both && place % 2 == 0) {
+    reinterpret_cast<uint32_t*>(target)[place / 2] = cu::pack_bf16(first, second);
+  } else {
+    static_cast<bf16*>(target)[place] = cu::to_bf16(first);
+    if (both) static_cast<bf16*>(target)[place + 1] = cu::to_bf16(second);
+  }
+}
+
 template <class S>
 __device__ __forceinline__ void store(const QuantizedLinearParams& p, const Sums<S>& totals, const Work& work) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  bf16* y = static_cast<bf16*>(p.y);
 #pragma unroll
   for (int m = 0; m < S::Rows / 16; m++)
 #pragma unroll
@@ -220,14 +240,9 @@ __device__ __forceinline__ void store(const QuantizedLinearParams& p, const Sums
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int row = work.first_row + m * 16 + g + h * 8, column = work.warp_tile * kTile + n * 8 + 2 * t;
-        if (row >= p.rows || column >= p.weight.outputs) continue;
-        bf16* place = y + int64_t(row) * p.weight.outputs + column;
-        if (p.weight.outputs % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(place) = cu::pack_bf16(totals.value[m][n][2 * h], totals.value[m][n][2 * h + 1]);
-        } else {
-          place[0] = cu::to_bf16(totals.value[m][n][2 * h]);
-          if (column + 1 < p.weight.outputs) place[1] = cu::to_bf16(totals.value[m][n][2 * h + 1]);
-        }
+        if (row < p.rows && column < p.weight.outputs)
+          store_pair(p.y, p.wide, int64_t(row) * p.weight.outputs + column, column + 1 < p.weight.outputs,
+                     totals.value[m][n][2 * h], totals.value[m][n][2 * h + 1]);
       }
 }
 
@@ -240,10 +255,8 @@ __global__ void __launch_bounds__(S::Threads) quantized_linear_kernel(const __gr
   work.first_tile = blockIdx.x * S::BlockTiles;
   work.warp_tile = work.first_tile + work.warp % S::WarpsN * S::Tiles;
   work.tiles = (p.weight.outputs + kTile - 1) / kTile;
-  work.steps = (p.weight.inputs + kStep - 1) / kStep;
-  const int group_steps = p.weight.group / kStep;
-  work.groups = (work.steps + group_steps - 1) / group_steps;
-  work.part_steps = (work.groups + S::WarpsK - 1) / S::WarpsK * group_steps;  // whole groups, so that a sum meets one scale
+  work.groups = (p.weight.inputs + kGroup - 1) / kGroup;
+  work.part_groups = (work.groups + S::WarpsK - 1) / S::WarpsK;  // whole groups, so that a sum meets one scale
 
   unsigned char* ring = cu::dynamic_shared<unsigned char>();
 #pragma unroll
@@ -254,102 +267,56 @@ __global__ void __launch_bounds__(S::Threads) quantized_linear_kernel(const __gr
   Sums<S> totals, sums;
   totals.clear();
   sums.clear();
-  int index = 0, steps_left = group_steps;
-  for (int step = 0; step < work.part_steps; step++) {
+  int index = 0;
+  for (int step = 0; step < work.part_groups * kGroupSteps; step++) {
     cu::cp_async_wait<S::Stages - 2>();
     __syncthreads();  // this stage is there; nobody reads the stage that is filled next
     load_stage<S>(p, work, ring, index == 0 ? S::Stages - 1 : index - 1, step + S::Stages - 1);
     cu::cp_async_commit();
     const Stage<S> stage(ring, index);
-    multiply_step<S>(sums, stage, work);
-    if (--steps_left == 0) {
-      close_group<S>(totals, sums, stage.affine(work.warp));
-      steps_left = group_steps;
-    }
+    multiply_step<S>(sums, stage, work, p.weight.zeros == nullptr);
+    if (step % kGroupSteps == kGroupSteps - 1) close_group<S>(totals, sums, stage, work);
     index = index == S::Stages - 1 ? 0 : index + 1;
   }
   cu::cp_async_wait<0>();
   if constexpr (S::WarpsK > 1) {
-    __syncthreads();
+    __syncthreads();  // the ring is free for the sums of the parts
     reduce_parts<S>(totals, reinterpret_cast<float*>(ring), work);
   }
   if (work.part == 0) store<S>(p, totals, work);
 }
 
-constexpr int kPackThreads = 256;
+constexpr int kExpandThreads = 256;
 
-// Where 16 bytes of codes belong: number `item` of all, in the order [tile of outputs][step of inputs][lane].
+// One thread expands one word: 8 or 4 neighbouring inputs of one output. For many rows, where a dense product is faster.
 template <int Bits>
-struct Fragment {
-  static constexpr int Width = kStep * 4 / Bits;  // inputs that 16 bytes of each lane cover
-  int lane, first_output, first_input;
-  bool exists;
-  __device__ __forceinline__ Fragment(const QuantizedWeight& w, int64_t item) {
-    const int tiles = (w.outputs + kTile - 1) / kTile, widths = (w.inputs + kStep - 1) / kStep * (kStep / Width);
-    lane = item % 32;
-    first_input = item / 32 % widths * Width;
-    first_output = item / 32 / widths * kTile;
-    exists = item < int64_t(tiles) * widths * 32;
-  }
-};
-
-// One thread packs 16 bytes; the first threads also bring scales and zeros into [groups, outputs] order.
-template <int Bits>
-__global__ void __launch_bounds__(kPackThreads) quantized_pack_kernel(const __grid_constant__ QuantizedPackParams p) {
+__global__ void __launch_bounds__(kExpandThreads) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
+  constexpr int kCodes = 32 / Bits, kBlocks = kGroup / kCodes;  // codes of a word, words of an output and group
   const QuantizedWeight& w = p.weight;
-  const int64_t item = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  const int columns = (w.outputs + kTile - 1) / kTile * kTile, groups = (w.inputs + w.group - 1) / w.group;
-  if (item < int64_t(groups) * columns) {
-    const int64_t column = item % columns, source = column * groups + item / columns;
-    const bool valid = column < w.outputs;
-    w.scales[item] = valid ? p.scales[source] : 0.f;
-    w.zeros[item] = valid && p.zeros ? float(p.zeros[source]) : float(1 << (Bits - 1));
-  }
-  const Fragment<Bits> fragment(w, item);
-  if (!fragment.exists) return;
-  constexpr int kCodes = 32 / Bits;  // in a word
-  uint32_t words[4] = {0, 0, 0, 0};
+  const int tiles = (w.outputs + kTile - 1) / kTile, groups = (w.inputs + kGroup - 1) / kGroup;
+  const int64_t item = int64_t(blockIdx.x) * kExpandThreads + threadIdx.x;  // [tile][group][output][block]: neighbours write in line
+  if (item >= int64_t(tiles) * groups * kTile * kBlocks) return;
+  const int block = item % kBlocks, output = item / kBlocks % kTile;
+  const int64_t place = item / kBlocks / kTile;  // of tile and group
+  const int64_t row = place / groups * kTile + output, first = place % groups * kGroup + block * kCodes;
+  if (row >= w.outputs) return;
+  const uint32_t word = static_cast<const uint32_t*>(w.packed)[(place * kBlocks + block) * kTile + output];
+  const float scale = cu::to_float(static_cast<const bf16*>(w.scales)[place * kTile + output]);
+  const float zero = w.zeros ? float(w.zeros[place * kTile + output]) : float(1 << (Bits - 1));
 #pragma unroll
-  for (int i = 0; i < 4 * kCodes; i++) {
-    const Place place = fragment_code(Bits, fragment.lane, i);
-    const int64_t output = fragment.first_output + place.output, input = fragment.first_input + place.input;
-    if (output >= w.outputs || input >= w.inputs) continue;
-    const uint32_t code = Bits == 8 ? p.codes[output * w.inputs + input]
-                                    : p.codes[output * ((w.inputs + 1) / 2) + input / 2] >> (4 * (input % 2)) & 15;
-    words[i / kCodes] |= code << (Bits * (i % kCodes));
-  }
-  static_cast<uint4*>(w.words)[item] = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// One thread turns 16 bytes of codes into bf16 weights, two neighbouring inputs a store.
-template <int Bits>
-__global__ void __launch_bounds__(kPackThreads) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
-  const QuantizedWeight& w = p.weight;
-  const int64_t item = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  const Fragment<Bits> fragment(w, item);
-  if (!fragment.exists) return;
-  const int columns = (w.outputs + kTile - 1) / kTile * kTile;
-  const uint4 four = cu::load_streaming(static_cast<const uint4*>(w.words) + item);
-  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-  constexpr int kCodes = 32 / Bits, kMask = (1 << Bits) - 1;
-  // The second of a pair: 4 nibbles or 1 byte further up, see fragment_code.
-  constexpr int kPairs = kCodes / 2, kSecond = Bits == 4 ? 4 : 1;
-#pragma unroll
-  for (int i = 0; i < 4 * kPairs; i++) {
-    const int first = i / kPairs * kCodes + (Bits == 4 ? i % kPairs : 2 * (i % kPairs));
-    const Place place = fragment_code(Bits, fragment.lane, first);
-    const int64_t output = fragment.first_output + place.output, input = fragment.first_input + place.input;
-    if (output >= w.outputs || input >= w.inputs) continue;  // an even number of inputs: both of a pair exist
-    const int64_t column = input / w.group * columns + output;
-    const float scale = w.scales[column], zero = w.zeros[column];
-    const uint32_t word = words[i / kPairs] >> (Bits * (first % kCodes));
-    const float low = (float(word & kMask) - zero) * scale, high = (float(word >> (Bits * kSecond) & kMask) - zero) * scale;
-    *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + output * w.inputs + input) = cu::pack_bf16(low, high);
+  for (int i = 0; i < kCodes; i += 2) {
+    const int shift = Bits == 8 ? 8 * i : i % 4 * 8 + i / 4 * 4;
+    const float low = float(word >> shift & ((1 << Bits) - 1)), high = float(word >> (shift + 8) & ((1 << Bits) - 1));
+    if (first + i < w.inputs)
+      store_pair(p.out, p.wide, row * w.inputs + first + i, first + i + 1 < w.inputs, (low - zero) * scale, (high - zero) * scale);
   }
 }
 
-int64_t fragments(const QuantizedWeight& w) {
-  return int64_t((w.outputs + kTile - 1) / kTile) * ((w.inputs + kStep - 1) / kStep) * (w.bits / 4) * 32;
+template <int Bits>
+void expand(const DequantizeParams& p, cudaStream_t stream) {
+  const int64_t tiles = (p.weight.outputs + kTile - 1) / kTile, groups = (p.weight.inputs + kGroup - 1) / kGroup;
+  const int64_t items = tiles * groups * kTile * (kGroup * Bits / 32);
+  if (items > 0) cu::launch<dequantize_kernel<Bits>>(dim3((items + kExpandThreads - 1) / kExpandThreads), kExpandThreads, 0, stream, p);
 }
 
 template <class S>
@@ -363,39 +330,14 @@ void launch(const QuantizedLinearParams& p, cudaStream_t stream) {
 
 extern "C" void quantized_linear_launch(const QuantizedLinearParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.weight.outputs == 0) return;
+  const bool few = p.rows <= 16;
   if (p.weight.bits == 4) {
-    if (p.rows <= 16) {
-      launch<Shape<4, 16, 2, 4, 1, 6>>(p, stream);
-    } else {
-      launch<Shape<4, 64, 2, 2, 2, 3>>(p, stream);
-    }
+    few ? launch<Shape<4, 16, 2, 4, 1, 6>>(p, stream) : launch<Shape<4, 64, 2, 2, 2, 3>>(p, stream);
   } else {
-    if (p.rows <= 16) {
-      launch<Shape<8, 16, 2, 4, 1, 5>>(p, stream);
-    } else {
-      launch<Shape<8, 64, 2, 2, 2, 3>>(p, stream);
-    }
-  }
-}
-
-extern "C" void quantized_pack_launch(const QuantizedPackParams& p, cudaStream_t stream) {
-  const int64_t groups = (p.weight.inputs + p.weight.group - 1) / p.weight.group, tiles = (p.weight.outputs + kTile - 1) / kTile;
-  const int64_t affine = groups * tiles * kTile, items = fragments(p.weight) > affine ? fragments(p.weight) : affine;
-  if (items == 0) return;
-  const dim3 grid((items + kPackThreads - 1) / kPackThreads);
-  if (p.weight.bits == 4) {
-    cu::launch<quantized_pack_kernel<4>>(grid, kPackThreads, 0, stream, p);
-  } else {
-    cu::launch<quantized_pack_kernel<8>>(grid, kPackThreads, 0, stream, p);
+    few ? launch<Shape<8, 16, 2, 4, 1, 5>>(p, stream) : launch<Shape<8, 64, 2, 2, 2, 3>>(p, stream);
   }
 }
 
 extern "C" void dequantize_launch(const DequantizeParams& p, cudaStream_t stream) {
-  if (fragments(p.weight) == 0) return;
-  const dim3 grid((fragments(p.weight) + kPackThreads - 1) / kPackThreads);
-  if (p.weight.bits == 4) {
-    cu::launch<dequantize_kernel<4>>(grid, kPackThreads, 0, stream, p);
-  } else {
-    cu::launch<dequantize_kernel<8>>(grid, kPackThreads, 0, stream, p);
-  }
+  p.weight.bits == 4 ? expand<4>(p, stream) : expand<8>(p, stream);
 }

@@ -146,39 +146,49 @@ DECODE_CASES = {
 
 @dataclass
 class LinearCase:
-    """y = x W^T with W = (code - zero) * scale. M rows, N outputs, K inputs."""
+    """y = x W^T with W = (code - zero) * scale in groups of 128 inputs. M rows, N outputs, K inputs."""
 
     rows: int
     outputs: int
     inputs: int
     bits: int = 4
-    group: int = 128
     asymmetric: bool = False
+    wide: bool = False  # float32 in and out
     seed: int = 0
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        groups, top = -(-self.inputs // self.group), 2**self.bits
-        self.x = torch.randn(self.rows, self.inputs, generator=generator).bfloat16()
-        self.codes = torch.randint(top, (self.outputs, self.inputs), generator=generator).to(torch.uint8)
-        self.scales = torch.rand(self.outputs, groups, generator=generator) * 0.02 + 0.001
-        self.zeros = None
-        if self.asymmetric:
-            self.zeros = torch.randint(top, (self.outputs, groups), generator=generator).to(torch.uint8)
-        stored = self.codes
-        if self.bits == 4:
-            stored = self.codes[:, ::2] | self.codes[:, 1::2] << 4
-        self.pack_arguments = (stored, self.scales, self.zeros, self.inputs, self.bits, self.group)
-        self.shape = (self.outputs, self.inputs, self.bits, self.group)
+        tiles, groups, top = -(-self.outputs // 16), -(-self.inputs // 128), 2**self.bits
+        self.x = torch.randn(self.rows, self.inputs, generator=generator)
+        self.x = self.x if self.wide else self.x.bfloat16()
+        # [tiles, groups, output of a tile, input of a group]; padding holds arbitrary codes, which must not matter
+        codes = torch.randint(top, (tiles, groups, 16, 128), generator=generator).to(torch.uint8)
+        scales = (torch.rand(tiles, groups, 16, generator=generator) * 0.02 + 0.001).bfloat16()
+        zeros = torch.randint(top, (tiles, groups, 16) if self.asymmetric else (0,), generator=generator).to(torch.uint8)
+        self.weight_arguments = (self._packed(codes), scales, zeros, self.bits, self.outputs, self.inputs)
+        shift = zeros.double()[..., None] if self.asymmetric else top // 2
+        values = (codes.double() - shift) * scales.double()[..., None]
+        self.weight = values.transpose(1, 2).reshape(tiles * 16, groups * 128)[: self.outputs, : self.inputs]
 
-    def weight(self) -> Tensor:
-        """[N, K] in float64."""
-        zeros = self.zeros.double() if self.asymmetric else torch.full_like(self.scales.double(), 2 ** (self.bits - 1))
-        expand = lambda t: t.double().repeat_interleave(self.group, dim=1)[:, : self.inputs]  # noqa: E731
-        return (self.codes.double() - expand(zeros)) * expand(self.scales)
+    def _packed(self, codes: Tensor) -> Tensor:
+        """The layout of csrc/cuda/params.h, written out byte by byte."""
+        tiles, groups = codes.shape[:2]
+        inputs_a_block = 32 // self.bits
+        packed = torch.zeros(tiles, groups, 128 // inputs_a_block, 16, 4, dtype=torch.uint8)
+        for block in range(packed.shape[2]):
+            for byte in range(4):
+                first = block * inputs_a_block + byte
+                value = codes[..., first]
+                if self.bits == 4:
+                    value = value | codes[..., first + 4] << 4
+                packed[:, :, block, :, byte] = value
+        return packed.reshape(tiles, groups, 256 * self.bits)
+
+    def arguments(self) -> tuple:
+        return (self.x, *self.weight_arguments, 16)
 
     def reference(self) -> Tensor:
-        return self.x.double() @ self.weight().t()
+        return self.x.bfloat16().double() @ self.weight.t()
 
 
 # Rows around the 16 and 64 of a block, outputs around 16, inputs that end inside a step and inside a group.
@@ -188,7 +198,7 @@ LINEAR_CASES = {
     "sixteen rows, 8 bit": LinearCase(16, 64, 640, bits=8),
     "8 bit, ragged, asymmetric": LinearCase(3, 18, 328, bits=8, asymmetric=True),
     "many rows": LinearCase(70, 80, 384, asymmetric=True),
-    "many rows, 8 bit": LinearCase(130, 33, 264, bits=8, group=64),
-    "one group": LinearCase(20, 16, 64, group=256),
-    "two groups of 64, no even share": LinearCase(9, 16, 320, group=64, asymmetric=True),
+    "many rows, 8 bit, float32": LinearCase(130, 33, 264, bits=8, wide=True),
+    "one group": LinearCase(20, 16, 64),
+    "float32, odd outputs": LinearCase(9, 19, 320, asymmetric=True, wide=True),
 }

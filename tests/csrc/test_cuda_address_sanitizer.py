@@ -30,9 +30,8 @@ for case in cuda_cases.ATTENTION_CASES.values():
 for case in cuda_cases.DECODE_CASES.values():
     ops.decode_attention(*case.arguments())
 for case in cuda_cases.LINEAR_CASES.values():
-    packed = ops.quantized_pack_cuda(*case.pack_arguments)
-    ops.quantized_linear_cuda(case.x, *packed, *case.shape)
-    ops.dequantize_cuda(*packed, *case.shape)
+    ops.quantized_linear(*case.arguments())
+    ops.dequantize_weight(*case.weight_arguments, case.wide)
 print("all cases ran")
 """
 

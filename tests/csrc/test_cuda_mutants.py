@@ -39,8 +39,7 @@ def decode_error(emulation: Emulation) -> float:
 
 def linear_error(emulation: Emulation) -> float:
     case = LinearCase(10, 40, 640, asymmetric=True, seed=3)
-    packed = emulation.ops.quantized_pack_cuda(*case.pack_arguments)
-    return relative_error(emulation.ops.quantized_linear_cuda(case.x, *packed, *case.shape), case.reference())
+    return relative_error(emulation.ops.quantized_linear(*case.arguments()), case.reference())
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,15 @@ WRONG = {
     ),
     "splits that overlap": Mutant(DECODE, "end = min(begin + share, length)", "end = min(begin + 2 * share, length)", decode_error),
     "padding of the cache attended": Mutant(DECODE, ">= valid) scores", "> valid) scores", decode_error),
-    "nibbles in another order": Mutant(LINEAR, "4 * (2 * n + h)", "4 * (2 * h + n)", linear_error),
-    "scale of the left neighbour": Mutant(LINEAR, "(e & 1 ? scale.y : scale.x)", "scale.x", linear_error),
+    "bytes of a word in another order": Mutant(LINEAR, "h ? 0x4342 : 0x4140", "h ? 0x4341 : 0x4240", linear_error),
+    "scale of the neighbour": Mutant(LINEAR, "(e & 1 ? odd : even)", "(e & 1 ? even : odd)", linear_error),
     "halves of a B fragment exchanged": Mutant(
         TILES, "swizzled<D>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2)", "swizzled<D>(row + lane / 8 % 2 * 8 + lane % 8, lane / 16)",
         forward_error,
     ),
 }
 
-FAST = {"keys read before the barrier", "ring of a warp read without __syncwarp", "nibbles in another order"}
+FAST = {"keys read before the barrier", "ring of a warp read without __syncwarp", "bytes of a word in another order"}
 
 
 def parameters(mutants: dict[str, Mutant]) -> list:
