@@ -1,9 +1,9 @@
 // Gradient of causal packed attention with respect to InternLM2's grouped projection, bf16 in and out, fp32 inside.
 //
-// Three kernels: delta = rowsum(out * grad_out); one block a tile of keys for dK and dV (it walks over all later queries
-// of all heads of its group, so the sum over the group needs no atomics); one block a tile of queries for dQ. No float is
-// ever added by two blocks: the result is the same bits each time. The price against one fused kernel with atomics is that
-// scores and dP are computed twice, 7 products instead of 5.
+// Three kernels: delta = rowsum(out * grad_out); one block a tile of keys for dK and dV (it walks over all later
+// queries of all heads of its group, so the sum over the group needs no atomics); one block a tile of queries for dQ.
+// No float is ever added by two blocks: the result is the same bits each time. The price against one fused kernel with
+// atomics is that scores and dP are computed twice, 7 products instead of 5.
 //
 // Both main kernels hold their own rows as the A operand, so that the probabilities and dS come out of one product in
 // exactly the registers in which the next one takes them.
@@ -17,7 +17,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 template <int D_, int Warps_, int Stage_>
 struct Shape {
-  static constexpr int D = D_, Warps = Warps_, Stage = Stage_;  // Stage: rows of the other side that arrive at a time
+  static constexpr int D = D_, Warps = Warps_, Stage = Stage_;    // Stage: rows of the other side that arrive at a time
   static constexpr int Threads = Warps * 32, Block = Warps * 16;  // each warp owns 16 rows of the block
   static constexpr int RowBytes = D * 2;
   static constexpr int KeyBlockBytes = (2 * Block + 4 * Stage) * RowBytes + 4 * Stage * 4;
@@ -34,7 +34,8 @@ __device__ __forceinline__ void clear(float (&x)[N][4]) {
 
 // result[16 x Stage] = rows * other^T
 template <class S>
-__device__ __forceinline__ void multiply_transposed(float (&result)[S::Stage / 8][4], const bf16* rows, const bf16* other) {
+__device__ __forceinline__ void multiply_transposed(float (&result)[S::Stage / 8][4], const bf16* rows,
+                                                    const bf16* other) {
   const int row_offset = tile::lane_offset<S::D, true>(0), other_offset = tile::lane_offset<S::D, false>(0);
   clear(result);
 #pragma unroll
@@ -79,7 +80,8 @@ __device__ __forceinline__ void pack(uint32_t (&a)[N / 2][4], const float (&x)[N
 constexpr int kDeltaThreads = 256;
 
 // One warp a token and head.
-__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kDeltaThreads)
+    attention_delta_kernel(const __grid_constant__ AttentionBackwardParams p) {
   const int heads = p.kv_heads * p.queries_per_group, lane = threadIdx.x % 32;
   const int64_t item = int64_t(blockIdx.x) * (kDeltaThreads / 32) + threadIdx.x / 32;
   if (item >= int64_t(p.tokens) * heads) return;
@@ -106,14 +108,14 @@ struct QueryStages {
 };
 
 template <class S>
-__device__ __forceinline__ void load_queries(const AttentionBackwardParams& p, const QueryStages<S>& stages, int stage, int head,
-                                             int start, int length, int first) {
+__device__ __forceinline__ void load_queries(const AttentionBackwardParams& p, const QueryStages<S>& stages, int stage,
+                                             int head, int start, int length, int first) {
   const int heads = p.kv_heads * p.queries_per_group;
   const int64_t row = int64_t(head) * p.tokens + start, out_stride = int64_t(heads) * S::D;
   tile::AsyncRows<S::D, S::Stage, S::Threads> queries(static_cast<const bf16*>(p.queries) + row * S::D, S::D, first);
   queries.load(stages.queries(stage), S::D, length);
-  tile::AsyncRows<S::D, S::Stage, S::Threads> grad_out(static_cast<const bf16*>(p.grad_out) + start * out_stride + head * S::D,
-                                                       out_stride, first);
+  tile::AsyncRows<S::D, S::Stage, S::Threads> grad_out(
+      static_cast<const bf16*>(p.grad_out) + start * out_stride + head * S::D, out_stride, first);
   grad_out.load(stages.grad_out(stage), out_stride, length);
   static_assert(S::Threads >= 2 * S::Stage, "one thread a scalar");
   const int i = threadIdx.x % S::Stage;
@@ -123,12 +125,13 @@ __device__ __forceinline__ void load_queries(const AttentionBackwardParams& p, c
   }
 }
 
-// P^T and dS^T of 16 keys and Stage queries, as A fragments. Queries past the end have lse, delta, Q and dO of zero: P is
-// then 1 and meets only zeros.
+// P^T and dS^T of 16 keys and Stage queries, as A fragments. Queries past the end have lse, delta, Q and dO of zero: P
+// is then 1 and meets only zeros.
 template <class S>
-__device__ __forceinline__ void key_side_weights(uint32_t (&weights)[S::Stage / 16][4], uint32_t (&grad_scores)[S::Stage / 16][4],
-                                                 const QueryStages<S>& stages, int stage, const bf16* keys, const bf16* values,
-                                                 int key, int query, float scale_log2) {
+__device__ __forceinline__ void key_side_weights(uint32_t (&weights)[S::Stage / 16][4],
+                                                 uint32_t (&grad_scores)[S::Stage / 16][4],
+                                                 const QueryStages<S>& stages, int stage, const bf16* keys,
+                                                 const bf16* values, int key, int query, float scale_log2) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float scores[S::Stage / 8][4], grad_weights[S::Stage / 8][4];
   multiply_transposed<S>(scores, keys, stages.queries(stage));
@@ -155,7 +158,8 @@ __device__ __forceinline__ void key_side_weights(uint32_t (&weights)[S::Stage / 
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::Threads) attention_grad_keys_kernel(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(S::Threads)
+    attention_grad_keys_kernel(const __grid_constant__ AttentionBackwardParams p) {
   constexpr int D = S::D;
   const int sequence = blockIdx.z, group = blockIdx.y, block_key = blockIdx.x * S::Block;  // the longest walks first
   const int start = p.cu_seqlens[sequence], length = p.cu_seqlens[sequence + 1] - start;
@@ -164,11 +168,12 @@ __global__ void __launch_bounds__(S::Threads) attention_grad_keys_kernel(const _
   bf16* keys = cu::dynamic_shared<bf16>();
   bf16* values = keys + S::Block * D;
   const QueryStages<S> stages{values + S::Block * D, reinterpret_cast<float*>(values + (S::Block + 4 * S::Stage) * D)};
-  const bf16* value_rows = static_cast<const bf16*>(p.qkv.data) + start * p.qkv.token_stride + group * p.qkv.group_stride +
-                           (p.queries_per_group + 1) * p.qkv.slot_stride;
+  const bf16* value_rows = static_cast<const bf16*>(p.qkv.data) + start * p.qkv.token_stride +
+                           group * p.qkv.group_stride + (p.queries_per_group + 1) * p.qkv.slot_stride;
   const bf16* key_rows = static_cast<const bf16*>(p.keys) + (int64_t(group) * p.tokens + start) * D;
   tile::AsyncRows<D, S::Block, S::Threads>(key_rows, D, block_key).load(keys, D, length);
-  tile::AsyncRows<D, S::Block, S::Threads>(value_rows, p.qkv.token_stride, block_key).load(values, p.qkv.token_stride, length);
+  tile::AsyncRows<D, S::Block, S::Threads>(value_rows, p.qkv.token_stride, block_key)
+      .load(values, p.qkv.token_stride, length);
 
   // One walk over the heads of the group and their queries; a tile before the block's first key sees none of its keys.
   const int first_query = block_key / S::Stage * S::Stage, heads_end = (group + 1) * p.queries_per_group;
@@ -191,8 +196,8 @@ __global__ void __launch_bounds__(S::Threads) attention_grad_keys_kernel(const _
     }
     if (query + S::Stage > warp_key) {  // else all these queries precede all keys of the warp
       uint32_t weights[S::Stage / 16][4], grad_scores[S::Stage / 16][4];
-      key_side_weights<S>(weights, grad_scores, stages, stage, keys + warp_row * D, values + warp_row * D, warp_key, query,
-                          p.scale * kLog2e);
+      key_side_weights<S>(weights, grad_scores, stages, stage, keys + warp_row * D, values + warp_row * D, warp_key,
+                          query, p.scale * kLog2e);
       accumulate<S>(grad_values, weights, stages.grad_out(stage));
       accumulate<S>(grad_keys, grad_scores, stages.queries(stage));
     }
@@ -202,13 +207,15 @@ __global__ void __launch_bounds__(S::Threads) attention_grad_keys_kernel(const _
   const int g = threadIdx.x % 32 / 4, table_row = (p.table.offsets ? p.table.offsets[sequence] : 0) + warp_key + g;
   tile::rotate_back<D>(grad_keys, p.table, table_row);
   const int64_t stride = int64_t(p.kv_heads) * (p.queries_per_group + 2) * D;
-  bf16* grad = static_cast<bf16*>(p.grad_qkv) + start * stride + (int64_t(group) * (p.queries_per_group + 2) + p.queries_per_group) * D;
+  bf16* grad = static_cast<bf16*>(p.grad_qkv) + start * stride +
+               (int64_t(group) * (p.queries_per_group + 2) + p.queries_per_group) * D;
   tile::store_accumulators<D>(keys, warp_row, grad_keys, {p.scale, p.scale}, grad, stride, warp_key, length);
   tile::store_accumulators<D>(values, warp_row, grad_values, {1.f, 1.f}, grad + D, stride, warp_key, length);
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::Threads) attention_grad_queries_kernel(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(S::Threads)
+    attention_grad_queries_kernel(const __grid_constant__ AttentionBackwardParams p) {
   constexpr int D = S::D;
   const int sequence = blockIdx.z, head = blockIdx.y, group = head / p.queries_per_group;
   const int block_query = (gridDim.x - 1 - blockIdx.x) * S::Block;
@@ -219,13 +226,15 @@ __global__ void __launch_bounds__(S::Threads) attention_grad_queries_kernel(cons
   bf16* grad_out = queries + S::Block * D;
   bf16* stages = grad_out + S::Block * D;  // two of {K, V}
   const int64_t row = int64_t(head) * p.tokens + start, out_stride = int64_t(p.kv_heads) * p.queries_per_group * D;
-  tile::AsyncRows<D, S::Block, S::Threads>(static_cast<const bf16*>(p.queries) + row * D, D, block_query).load(queries, D, length);
-  tile::AsyncRows<D, S::Block, S::Threads>(static_cast<const bf16*>(p.grad_out) + start * out_stride + head * D, out_stride,
-                                           block_query)
+  tile::AsyncRows<D, S::Block, S::Threads>(static_cast<const bf16*>(p.queries) + row * D, D, block_query)
+      .load(queries, D, length);
+  tile::AsyncRows<D, S::Block, S::Threads>(static_cast<const bf16*>(p.grad_out) + start * out_stride + head * D,
+                                           out_stride, block_query)
       .load(grad_out, out_stride, length);
-  const bf16* value_rows = static_cast<const bf16*>(p.qkv.data) + start * p.qkv.token_stride + group * p.qkv.group_stride +
-                           (p.queries_per_group + 1) * p.qkv.slot_stride;
-  tile::AsyncRows<D, S::Stage, S::Threads> next_keys(static_cast<const bf16*>(p.keys) + (int64_t(group) * p.tokens + start) * D, D, 0);
+  const bf16* value_rows = static_cast<const bf16*>(p.qkv.data) + start * p.qkv.token_stride +
+                           group * p.qkv.group_stride + (p.queries_per_group + 1) * p.qkv.slot_stride;
+  tile::AsyncRows<D, S::Stage, S::Threads> next_keys(
+      static_cast<const bf16*>(p.keys) + (int64_t(group) * p.tokens + start) * D, D, 0);
   tile::AsyncRows<D, S::Stage, S::Threads> next_values(value_rows, p.qkv.token_stride, 0);
   next_keys.load(stages, D, length);
   next_values.load(stages + S::Stage * D, p.qkv.token_stride, length);
@@ -286,8 +295,10 @@ void launch(const AttentionBackwardParams& p, cudaStream_t stream) {
   const int64_t rows = int64_t(p.tokens) * heads;
   constexpr int kRows = kDeltaThreads / 32;
   cu::launch<attention_delta_kernel>(dim3((rows + kRows - 1) / kRows), kDeltaThreads, 0, stream, p);
-  cu::launch<attention_grad_keys_kernel<S>>(dim3(blocks, p.kv_heads, p.sequences), S::Threads, S::KeyBlockBytes, stream, p);
-  cu::launch<attention_grad_queries_kernel<S>>(dim3(blocks, heads, p.sequences), S::Threads, S::QueryBlockBytes, stream, p);
+  cu::launch<attention_grad_keys_kernel<S>>(dim3(blocks, p.kv_heads, p.sequences), S::Threads, S::KeyBlockBytes, stream,
+                                            p);
+  cu::launch<attention_grad_queries_kernel<S>>(dim3(blocks, heads, p.sequences), S::Threads, S::QueryBlockBytes, stream,
+                                               p);
 }
 
 }  // namespace

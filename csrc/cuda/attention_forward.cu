@@ -1,9 +1,9 @@
 // Causal attention over packed sequences with grouped queries, bf16 in and out, fp32 inside.
 //
 // FlashAttention-2 scheme (Dao 2023): a block owns Warps * Tiles * 16 queries of one head and walks over the keys with
-// an online softmax. A warp owns Tiles * 16 queries, so that a fragment of V that is read from shared memory feeds Tiles
-// products: with one tile the reads would take longer than the tensor cores on sm_80. The scores of one tile at a time
-// are in registers; those of both at D = 128 spill.
+// an online softmax. A warp owns Tiles * 16 queries, so that a fragment of V that is read from shared memory feeds
+// Tiles products: with one tile the reads would take longer than the tensor cores on sm_80. The scores of one tile at a
+// time are in registers; those of both at D = 128 spill.
 #include "params.h"
 #include "tiles.cuh"
 
@@ -28,7 +28,8 @@ struct WarpState {
 
 // scores = Q K^T for 16 queries and the tile's keys.
 template <class S>
-__device__ __forceinline__ void multiply_keys(float (&scores)[S::BlockN / 8][4], const bf16* queries, const bf16* keys) {
+__device__ __forceinline__ void multiply_keys(float (&scores)[S::BlockN / 8][4], const bf16* queries,
+                                              const bf16* keys) {
   const int query_offset = tile::lane_offset<S::D, true>(0), key_offset = tile::lane_offset<S::D, false>(0);
 #pragma unroll
   for (int j = 0; j < S::BlockN / 8; j++)
@@ -63,8 +64,9 @@ __device__ __forceinline__ void mask_future(float (&scores)[S::BlockN / 8][4], i
 // has met its first key by the end of the first tile, so the maximum is finite. The weights leave as A fragments of the
 // next product: the accumulators of two neighbouring 16 x 8 tiles are, rounded, one fragment of 16 x 16.
 template <class S>
-__device__ __forceinline__ void softmax_step(uint32_t (&weights)[S::BlockN / 16][4], const float (&scores)[S::BlockN / 8][4],
-                                             WarpState<S>& state, int i, float scale_log2) {
+__device__ __forceinline__ void softmax_step(uint32_t (&weights)[S::BlockN / 16][4],
+                                             const float (&scores)[S::BlockN / 8][4], WarpState<S>& state, int i,
+                                             float scale_log2) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float highest = state.highest[i][h];
@@ -93,7 +95,8 @@ __device__ __forceinline__ void softmax_step(uint32_t (&weights)[S::BlockN / 16]
 }
 
 template <class S>
-__device__ __forceinline__ void multiply_values(WarpState<S>& state, const uint32_t (&weights)[S::Tiles][S::BlockN / 16][4],
+__device__ __forceinline__ void multiply_values(WarpState<S>& state,
+                                                const uint32_t (&weights)[S::Tiles][S::BlockN / 16][4],
                                                 const bf16* values) {
   const int value_offset = tile::lane_offset<S::D, true>(0);
 #pragma unroll
@@ -111,8 +114,8 @@ __device__ __forceinline__ void multiply_values(WarpState<S>& state, const uint3
 }
 
 template <class S>
-__device__ __forceinline__ void write_result(const AttentionForwardParams& p, WarpState<S>& state, bf16* shared, int warp_row,
-                                             int first_row, int start, int length, int head) {
+__device__ __forceinline__ void write_result(const AttentionForwardParams& p, WarpState<S>& state, bf16* shared,
+                                             int warp_row, int first_row, int start, int length, int head) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t stride = int64_t(p.kv_heads) * p.queries_per_group * S::D;
   bf16* out = static_cast<bf16*>(p.out) + start * stride + head * S::D;
@@ -127,15 +130,18 @@ __device__ __forceinline__ void write_result(const AttentionForwardParams& p, Wa
       inverse[h] = 1.f / sum;
       const int row = first_row + i * 16 + g + h * 8;
       if (t == 0 && row < length)
-        p.lse[int64_t(head) * p.tokens + start + row] = state.highest[i][h] * p.scale + cu::log2_approximate(sum) * kLn2;
+        p.lse[int64_t(head) * p.tokens + start + row] =
+            state.highest[i][h] * p.scale + cu::log2_approximate(sum) * kLn2;
     }
-    tile::store_accumulators<S::D>(shared, warp_row + i * 16, state.out[i], inverse, out, stride, first_row + i * 16, length);
+    tile::store_accumulators<S::D>(shared, warp_row + i * 16, state.out[i], inverse, out, stride, first_row + i * 16,
+                                   length);
   }
 }
 
 // Asynchronous copies travel under the products: V(n) under Q K(n)^T and the softmax, K(n + 1) under P V(n).
 template <class S>
-__global__ void __launch_bounds__(S::Threads) attention_forward_kernel(const __grid_constant__ AttentionForwardParams p) {
+__global__ void __launch_bounds__(S::Threads)
+    attention_forward_kernel(const __grid_constant__ AttentionForwardParams p) {
   constexpr int D = S::D, BlockN = S::BlockN;
   const int sequence = blockIdx.z, head = blockIdx.y, group = head / p.queries_per_group;
   const int start = p.cu_seqlens[sequence], length = p.cu_seqlens[sequence + 1] - start;

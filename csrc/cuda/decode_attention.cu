@@ -1,9 +1,9 @@
 // Attention of one new token a row over its KV cache, bf16, fp32 inside.
 //
-// Reading the cache is all the time there is, so every byte is read once: one block takes the up to 16 queries of a group
-// that share its keys (they fill the 16 rows of an mma), and the cache is cut into splits until the GPU is full. Inside a
-// block each warp walks its own keys with its own ring of asynchronous copies and its own softmax; no block barrier stands
-// in the loop. Warps, then splits, are merged by their logarithms of sums.
+// Reading the cache is all the time there is, so every byte is read once: one block takes the up to 16 queries of a
+// group that share its keys (they fill the 16 rows of an mma), and the cache is cut into splits until the GPU is full.
+// Inside a block each warp walks its own keys with its own ring of asynchronous copies and its own softmax; no block
+// barrier stands in the loop. Warps, then splits, are merged by their logarithms of sums.
 #include "params.h"
 #include "tiles.cuh"
 
@@ -17,7 +17,8 @@ struct Shape {
   static constexpr int D = D_, Warps = 4, Stages = 3, Keys = 16;  // Keys: of a warp and stage
   static constexpr int Threads = Warps * 32, StageElements = 2 * Keys * D;
   static constexpr int RingBytes = Warps * Stages * StageElements * 2, QueryBytes = 16 * D * 2;
-  static constexpr int MergeStride = D + 8;  // floats; the accumulator's four rows of a half warp fall into different banks
+  static constexpr int MergeStride =
+      D + 8;  // floats; the accumulator's four rows of a half warp fall into different banks
   static constexpr int SharedBytes = RingBytes + QueryBytes;
   static_assert(Warps * 16 * (MergeStride + 2) * 4 <= RingBytes, "the merge reuses the ring");
 };
@@ -39,7 +40,6 @@ __device__ __forceinline__ void load_stage(bf16* stage, const bf16* keys, int64_
   }
 }
 
-
 template <class S>
 struct WarpState {
   float out[S::D / 8][4];
@@ -48,10 +48,11 @@ struct WarpState {
 
 // 16 queries against one stage of keys and values; those from `valid` on do not count.
 template <class S>
-__device__ __forceinline__ void attend(WarpState<S>& state, const uint32_t (&query)[S::D / 16][4], const bf16* keys, int valid,
-                                       float scale_log2) {
+__device__ __forceinline__ void attend(WarpState<S>& state, const uint32_t (&query)[S::D / 16][4], const bf16* keys,
+                                       int valid, float scale_log2) {
   constexpr int D = S::D;
-  const int t = threadIdx.x % 4, key_offset = tile::lane_offset<D, false>(0), value_offset = tile::lane_offset<D, true>(0);
+  const int t = threadIdx.x % 4, key_offset = tile::lane_offset<D, false>(0),
+            value_offset = tile::lane_offset<D, true>(0);
   float scores[2][4] = {};
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
@@ -112,7 +113,8 @@ __device__ __forceinline__ void publish(float* rows, float* extremes, WarpState<
   }
 }
 
-// Four columns of one query over all warps, normalised. Returns the base-2 logarithm of the sum; -infinity without keys.
+// Four columns of one query over all warps, normalised. Returns the base-2 logarithm of the sum; -infinity without
+// keys.
 template <class S>
 __device__ __forceinline__ float merge(float4& result, const float* rows, const float* extremes, int slot, int column) {
   float most = -INFINITY, total = 0.f;
@@ -125,8 +127,10 @@ __device__ __forceinline__ float merge(float4& result, const float* rows, const 
   result = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int w = 0; w < S::Warps; w++) {
-    const float factor = extreme[w].y > 0.f ? cu::exp2_approximate(extreme[w].x - most) : 0.f;  // 0: a warp without keys
-    const float4 part = cu::load_shared(reinterpret_cast<const float4*>(rows + (w * 16 + slot) * S::MergeStride + column));
+    const float factor =
+        extreme[w].y > 0.f ? cu::exp2_approximate(extreme[w].x - most) : 0.f;  // 0: a warp without keys
+    const float4 part =
+        cu::load_shared(reinterpret_cast<const float4*>(rows + (w * 16 + slot) * S::MergeStride + column));
     total += factor * extreme[w].y;
     result.x += factor * part.x, result.y += factor * part.y, result.z += factor * part.z, result.w += factor * part.w;
   }
@@ -156,7 +160,8 @@ __global__ void __launch_bounds__(S::Threads) decode_attention_kernel(const __gr
   const int64_t first_head = int64_t(row) * heads + group * p.queries_per_group + first_slot;
   const bf16* query_rows = static_cast<const bf16*>(p.q) + first_head * D;
   const bf16* keys = static_cast<const bf16*>(p.keys.data) + row * p.keys.row_stride + group * p.keys.group_stride;
-  const bf16* values = static_cast<const bf16*>(p.values.data) + row * p.values.row_stride + group * p.values.group_stride;
+  const bf16* values =
+      static_cast<const bf16*>(p.values.data) + row * p.values.row_stride + group * p.values.group_stride;
   bf16* stages = ring + warp * S::Stages * S::StageElements;
 
   tile::AsyncRows<D, 16, S::Threads>(query_rows, D, 0).load(queries, D, slots);
@@ -216,7 +221,8 @@ __global__ void __launch_bounds__(S::Threads) decode_attention_kernel(const __gr
 constexpr int kCombineThreads = 128;
 
 // One thread four columns of a head: the splits weighted by their share of the sum.
-__global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const __grid_constant__ DecodeAttentionParams p) {
+__global__ void __launch_bounds__(kCombineThreads)
+    decode_combine_kernel(const __grid_constant__ DecodeAttentionParams p) {
   const int64_t heads = int64_t(p.batch) * p.kv_heads * p.queries_per_group;
   const int64_t item = int64_t(blockIdx.x) * kCombineThreads + threadIdx.x;
   const int columns = p.head_dim / 4;
@@ -240,10 +246,12 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const _
 template <class S>
 void launch(const DecodeAttentionParams& p, cudaStream_t stream) {
   const int tiles = (p.queries_per_group + 15) / 16;
-  cu::launch<decode_attention_kernel<S>>(dim3(p.splits, p.kv_heads * tiles, p.batch), S::Threads, S::SharedBytes, stream, p);
+  cu::launch<decode_attention_kernel<S>>(dim3(p.splits, p.kv_heads * tiles, p.batch), S::Threads, S::SharedBytes,
+                                         stream, p);
   if (p.splits == 1) return;
   const int64_t items = int64_t(p.batch) * p.kv_heads * p.queries_per_group * (p.head_dim / 4);
-  cu::launch<decode_combine_kernel>(dim3((items + kCombineThreads - 1) / kCombineThreads), kCombineThreads, 0, stream, p);
+  cu::launch<decode_combine_kernel>(dim3((items + kCombineThreads - 1) / kCombineThreads), kCombineThreads, 0, stream,
+                                    p);
 }
 
 }  // namespace

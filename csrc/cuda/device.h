@@ -1,4 +1,5 @@
-// Where the bindings run: a CUDA device and torch's current stream, or, for the tests, the CPU emulation of the kernels.
+// Where the bindings run: a CUDA device and torch's current stream, or, for the tests, the CPU emulation of the
+// kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -28,7 +29,8 @@ struct OnDevice {
   cudaStream_t stream = nullptr;
 
   explicit OnDevice(const torch::stable::Tensor& x) : guard(x.get_device_index()), device(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: the CUDA kernels cannot run.");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this torch has no CUDA: the CUDA kernels cannot run.");
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);

@@ -1,7 +1,8 @@
-// What a launcher is told: plain structs, free of CUDA and of torch, so that bindings and kernels agree without either's headers.
+// What a launcher is told: plain structs, free of CUDA and of torch, so that bindings and kernels agree without
+// either's headers.
 //
-// Legend: T tokens of all sequences, n sequences, K kv heads (groups), R query heads of one group, H = K * R query heads,
-// D head dim, P rows of the rotation table. Strides count elements. Every bf16 row starts on a 16-byte boundary.
+// Legend: T tokens of all sequences, n sequences, K kv heads (groups), R query heads of one group, H = K * R query
+// heads, D head dim, P rows of the rotation table. Strides count elements. Every bf16 row starts on a 16-byte boundary.
 #pragma once
 
 #include <cstdint>
@@ -72,8 +73,9 @@ struct DecodeAttentionParams {
   float scale;
 };
 
-// A linear layer's weight W [N, K] = (code - zero) * scale in the layout that all devices share: tiles of 16 outputs, groups of
-// 128 inputs, both padded. Per tile and group, blocks of 64 bytes along K; in a block output c owns the 32-bit word c.
+// A linear layer's weight W [N, K] = (code - zero) * scale in the layout that all devices share: tiles of 16 outputs,
+// groups of 128 inputs, both padded. Per tile and group, blocks of 64 bytes along K; in a block output c owns the
+// 32-bit word c.
 //   4 bit: a block is 8 inputs, byte j = code(j) | code(4 + j) << 4;  8 bit: a block is 4 inputs, byte j = code(j)
 struct QuantizedWeight {
   const void* packed;    // [tiles, groups, 256 * bits] bytes

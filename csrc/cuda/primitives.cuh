@@ -1,6 +1,7 @@
-// The few PTX instructions that the kernels use, under names. A kernel contains no asm and no <<<>>> of its own: compiled
-// by nvcc these are one instruction each; compiled by g++ the same names come from csrc/emulation, and the kernel runs on
-// the CPU. tests/csrc/test_gpu_anchor.py compares the two, instruction by instruction, where a GPU is present.
+// The few PTX instructions that the kernels use, under names. A kernel contains no asm and no <<<>>> of its own:
+// compiled by nvcc these are one instruction each; compiled by g++ the same names come from csrc/emulation, and the
+// kernel runs on the CPU. tests/csrc/test_gpu_anchor.py compares the two, instruction by instruction, where a GPU is
+// present.
 #pragma once
 
 #ifndef __CUDACC__
@@ -17,10 +18,18 @@ namespace cu {
 
 using bf16 = __nv_bfloat16;
 
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
-__device__ __forceinline__ float low_float(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_float(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ __forceinline__ float to_float(bf16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ bf16 to_bf16(float x) {
+  return __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ float low_float(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_float(uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000u);
+}
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
@@ -46,8 +55,10 @@ __device__ __forceinline__ float log2_approximate(float x) {
   return y;
 }
 
-// D[16 x 8] += A[16 x 16] B[16 x 8]. Lane l, g = l / 4, t = l % 4, each register two bf16 with the lower index in the low half:
-//   a0 (g, 2t), a1 (g+8, 2t), a2 (g, 2t+8), a3 (g+8, 2t+8);  b0 (2t, g), b1 (2t+8, g);  d (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)
+// D[16 x 8] += A[16 x 16] B[16 x 8]. Lane l, g = l / 4, t = l % 4, each register two bf16 with the lower index in the
+// low half:
+//   a0 (g, 2t), a1 (g+8, 2t), a2 (g, 2t+8), a3 (g+8, 2t+8);  b0 (2t, g), b1 (2t+8, g);  d (g, 2t), (g, 2t+1), (g+8,
+//   2t), (g+8, 2t+1)
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
@@ -84,7 +95,9 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, boo
                "r"(valid ? 4 : 0)
                : "memory");
 }
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
@@ -121,7 +134,7 @@ void launch(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const
   if (shared_bytes > 48 << 10 &&
       cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess)
     return;
-  Kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  Kernel<<<grid, threads, shared_bytes, stream> > >(params);
 }
 
 }  // namespace cu

@@ -5,9 +5,9 @@
 // integer below 256 in size has at most 8 significant bits); a group's scale is applied to its fp32 sum, not to each
 // weight, which saves the rounding of code * scale and a multiplication a weight.
 //
-// The layout gives a lane whole words of one output, not the inputs 2t, 2t + 1, 2t + 8, 2t + 9 that an mma takes. A product
-// does not care about the order of its inputs, so lane t takes inputs 16t .. 16t + 15 of every 64, of x as well as of W:
-// x is then read as plain 16-byte words in place of ldmatrix, at the same cost.
+// The layout gives a lane whole words of one output, not the inputs 2t, 2t + 1, 2t + 8, 2t + 9 that an mma takes. A
+// product does not care about the order of its inputs, so lane t takes inputs 16t .. 16t + 15 of every 64, of x as well
+// as of W: x is then read as plain 16-byte words in place of ldmatrix, at the same cost.
 #include "params.h"
 #include "tiles.cuh"
 
@@ -22,11 +22,13 @@ template <int Bits_, int Rows_, int WarpsN_, int WarpsK_, int Tiles_, int Stages
 struct Shape {
   static constexpr int Bits = Bits_, Rows = Rows_, WarpsN = WarpsN_, WarpsK = WarpsK_, Tiles = Tiles_, Stages = Stages_;
   static constexpr int Warps = WarpsN * WarpsK, Threads = Warps * 32, BlockTiles = WarpsN * Tiles;
-  static constexpr int TileBytes = kStep * kTile * Bits / 8, AffineBytes = 64;  // of a tile and step; 16 scales, 16 zeros
+  static constexpr int TileBytes = kStep * kTile * Bits / 8,
+                       AffineBytes = 64;  // of a tile and step; 16 scales, 16 zeros
   static constexpr int InputBytes = Rows * kStep * 2, WarpBytes = Tiles * (TileBytes + AffineBytes);
   static constexpr int StageBytes = WarpsK * InputBytes + Warps * WarpBytes;
   static constexpr int SharedBytes = Stages * StageBytes;
-  static constexpr int SumStride = BlockTiles * kTile + 8;  // floats; the four rows of a half warp fall into different banks
+  static constexpr int SumStride =
+      BlockTiles * kTile + 8;  // floats; the four rows of a half warp fall into different banks
   static_assert((WarpsK - 1) * Rows * SumStride * 4 <= SharedBytes, "the reduction reuses the ring");
 };
 
@@ -35,16 +37,20 @@ template <class S>
 struct Stage {
   unsigned char* base;
   __device__ __forceinline__ Stage(unsigned char* ring, int index) : base(ring + index * S::StageBytes) {}
-  __device__ __forceinline__ bf16* inputs(int part) const { return reinterpret_cast<bf16*>(base + part * S::InputBytes); }
+  __device__ __forceinline__ bf16* inputs(int part) const {
+    return reinterpret_cast<bf16*>(base + part * S::InputBytes);
+  }
   __device__ __forceinline__ unsigned char* codes(int warp, int tile) const {
     return base + S::WarpsK * S::InputBytes + warp * S::WarpBytes + tile * (S::TileBytes + S::AffineBytes);
   }
   // 16 scales as bf16, then 16 zeros as bytes
-  __device__ __forceinline__ unsigned char* affine(int warp, int tile) const { return codes(warp, tile) + S::TileBytes; }
+  __device__ __forceinline__ unsigned char* affine(int warp, int tile) const {
+    return codes(warp, tile) + S::TileBytes;
+  }
 };
 
-// Two blocks of 64 bytes make a line of 128. Lanes t = 0 .. 3 read lines Bits / 4 apart at the same place, so the 16-byte
-// chunks of a line move by twice the t that reads it.
+// Two blocks of 64 bytes make a line of 128. Lanes t = 0 .. 3 read lines Bits / 4 apart at the same place, so the
+// 16-byte chunks of a line move by twice the t that reads it.
 template <int Bits>
 __device__ __forceinline__ int swizzled_chunk(int chunk) {
   const int line = chunk / 8, t = line / (Bits / 4);
@@ -57,21 +63,26 @@ struct Work {
 };
 
 template <class S>
-__device__ __forceinline__ void load_inputs(const QuantizedLinearParams& p, const Work& work, const Stage<S>& stage, int step) {
+__device__ __forceinline__ void load_inputs(const QuantizedLinearParams& p, const Work& work, const Stage<S>& stage,
+                                            int step) {
   constexpr int kChunks = kStep / 8, kItems = S::WarpsK * S::Rows * kChunks;
   static_assert(kItems % S::Threads == 0);
 #pragma unroll
   for (int i = 0; i < kItems / S::Threads; i++) {
     const int item = i * S::Threads + threadIdx.x, chunk = item % kChunks, row = item / kChunks % S::Rows;
-    const int part = item / kChunks / S::Rows, input = (part * work.part_groups * kGroupSteps + step) * kStep + chunk * 8;
-    const bool valid = work.first_row + row < p.rows && step < work.part_groups * kGroupSteps && input < p.weight.inputs;
-    const bf16* source = static_cast<const bf16*>(p.x) + (valid ? int64_t(work.first_row + row) * p.weight.inputs + input : 0);
+    const int part = item / kChunks / S::Rows,
+              input = (part * work.part_groups * kGroupSteps + step) * kStep + chunk * 8;
+    const bool valid =
+        work.first_row + row < p.rows && step < work.part_groups * kGroupSteps && input < p.weight.inputs;
+    const bf16* source =
+        static_cast<const bf16*>(p.x) + (valid ? int64_t(work.first_row + row) * p.weight.inputs + input : 0);
     cu::cp_async_16(stage.inputs(part) + tile::swizzled<kStep>(row, chunk), source, valid);
   }
 }
 
 template <class S>
-__device__ __forceinline__ void load_stage(const QuantizedLinearParams& p, const Work& work, unsigned char* ring, int index, int step) {
+__device__ __forceinline__ void load_stage(const QuantizedLinearParams& p, const Work& work, unsigned char* ring,
+                                           int index, int step) {
   const Stage<S> stage(ring, index);
   load_inputs<S>(p, work, stage, step);
   const int lane = threadIdx.x % 32, group = work.part * work.part_groups + step / kGroupSteps;
@@ -79,13 +90,17 @@ __device__ __forceinline__ void load_stage(const QuantizedLinearParams& p, const
   for (int i = 0; i < S::Tiles; i++) {
     const bool valid = step / kGroupSteps < work.part_groups && group < work.groups && work.warp_tile + i < work.tiles;
     const int64_t place = valid ? int64_t(work.warp_tile + i) * work.groups + group : 0;
-    const unsigned char* codes = static_cast<const unsigned char*>(p.weight.packed) + place * (kGroupSteps * S::TileBytes) +
-                                 step % kGroupSteps * S::TileBytes;
+    const unsigned char* codes = static_cast<const unsigned char*>(p.weight.packed) +
+                                 place * (kGroupSteps * S::TileBytes) + step % kGroupSteps * S::TileBytes;
 #pragma unroll
     for (int j = 0; j < S::TileBytes / 512; j++)
-      cu::cp_async_16(stage.codes(work.warp, i) + swizzled_chunk<S::Bits>(j * 32 + lane) * 16, codes + (j * 32 + lane) * 16, valid);
-    if (lane < 2) cu::cp_async_16(stage.affine(work.warp, i) + lane * 16, static_cast<const bf16*>(p.weight.scales) + place * kTile + lane * 8, valid);
-    if (lane == 2 && p.weight.zeros) cu::cp_async_16(stage.affine(work.warp, i) + 32, p.weight.zeros + place * kTile, valid);
+      cu::cp_async_16(stage.codes(work.warp, i) + swizzled_chunk<S::Bits>(j * 32 + lane) * 16,
+                      codes + (j * 32 + lane) * 16, valid);
+    if (lane < 2)
+      cu::cp_async_16(stage.affine(work.warp, i) + lane * 16,
+                      static_cast<const bf16*>(p.weight.scales) + place * kTile + lane * 8, valid);
+    if (lane == 2 && p.weight.zeros)
+      cu::cp_async_16(stage.affine(work.warp, i) + 32, p.weight.zeros + place * kTile, valid);
   }
 }
 
@@ -103,11 +118,13 @@ struct Sums {
   }
 };
 
-// bf16 codes minus zero of inputs 4k .. 4k + 3 of this lane's 16, from the words of one output: the B registers of product k.
+// bf16 codes minus zero of inputs 4k .. 4k + 3 of this lane's 16, from the words of one output: the B registers of
+// product k.
 template <int Bits>
 __device__ __forceinline__ void dequantize(uint32_t (&b)[2], const uint32_t (&words)[Bits / 2], int k, float zero) {
   if constexpr (Bits == 4) {
-    const uint32_t offset = cu::pack_bf16(128.f + zero, 128.f + zero), codes = words[k / 2] >> (4 * (k % 2)) & 0x0F0F0F0Fu;
+    const uint32_t offset = cu::pack_bf16(128.f + zero, 128.f + zero),
+                   codes = words[k / 2] >> (4 * (k % 2)) & 0x0F0F0F0Fu;
 #pragma unroll
     for (int h = 0; h < 2; h++)  // 0x4300 | code is the bf16 128 + code
       b[h] = cu::subtract_bf16x2(__byte_perm(codes, 0x43434343u, h ? 0x4342 : 0x4140), offset);
@@ -123,17 +140,19 @@ __device__ __forceinline__ void dequantize(uint32_t (&b)[2], const uint32_t (&wo
 
 // Words of output n * 8 + g with this lane's 16 inputs, and its zero point.
 template <class S>
-__device__ __forceinline__ float load_codes(uint32_t (&words)[S::Bits / 2], const Stage<S>& stage, const Work& work, int tile, int n,
-                                            bool symmetric) {
+__device__ __forceinline__ float load_codes(uint32_t (&words)[S::Bits / 2], const Stage<S>& stage, const Work& work,
+                                            int tile, int n, bool symmetric) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, output = n * 8 + g;
 #pragma unroll
   for (int i = 0; i < S::Bits / 2; i++) {
     const int block = t * (S::Bits / 2) + i;
     const int chunk = swizzled_chunk<S::Bits>(block * 4 + output / 4);
-    words[i] = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.codes(work.warp, tile) + chunk * 16) + output % 4);
+    words[i] =
+        cu::load_shared(reinterpret_cast<const uint32_t*>(stage.codes(work.warp, tile) + chunk * 16) + output % 4);
   }
   if (symmetric) return float(1 << (S::Bits - 1));
-  const uint32_t four = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, tile) + 32) + output / 4);
+  const uint32_t four =
+      cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, tile) + 32) + output / 4);
   return float(four >> (8 * (output % 4)) & 0xFF);
 }
 
@@ -153,7 +172,8 @@ __device__ __forceinline__ void multiply_step(Sums<S>& sums, const Stage<S>& sta
     for (int m = 0; m < S::Rows / 16; m++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
-        x[m][h] = cu::load_shared(reinterpret_cast<const uint4*>(inputs + tile::swizzled<kStep>(m * 16 + g + h * 8, 2 * t + half)));
+        x[m][h] = cu::load_shared(
+            reinterpret_cast<const uint4*>(inputs + tile::swizzled<kStep>(m * 16 + g + h * 8, 2 * t + half)));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       uint32_t b[2 * S::Tiles][2];
@@ -176,7 +196,8 @@ __device__ __forceinline__ void close_group(Sums<S>& totals, Sums<S>& sums, cons
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < 2 * S::Tiles; n++) {
-    const uint32_t pair = cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, n / 2)) + n % 2 * 4 + t);
+    const uint32_t pair =
+        cu::load_shared(reinterpret_cast<const uint32_t*>(stage.affine(work.warp, n / 2)) + n % 2 * 4 + t);
     const float even = cu::low_float(pair), odd = cu::high_float(pair);
 #pragma unroll
     for (int m = 0; m < S::Rows / 16; m++)
@@ -197,9 +218,10 @@ __device__ __forceinline__ void reduce_parts(Sums<S>& totals, float* shared, con
       for (int n = 0; n < 2 * S::Tiles; n++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          cu::store_shared(reinterpret_cast<float2*>(shared + ((work.part - 1) * S::Rows + m * 16 + g + h * 8) * S::SumStride +
-                                                     column + n * 8 + 2 * t),
-                           make_float2(totals.value[m][n][2 * h], totals.value[m][n][2 * h + 1]));
+          cu::store_shared(
+              reinterpret_cast<float2*>(shared + ((work.part - 1) * S::Rows + m * 16 + g + h * 8) * S::SumStride +
+                                        column + n * 8 + 2 * t),
+              make_float2(totals.value[m][n][2 * h], totals.value[m][n][2 * h + 1]));
   }
   __syncthreads();
   if (work.part > 0) return;
@@ -218,7 +240,8 @@ __device__ __forceinline__ void reduce_parts(Sums<S>& totals, float* shared, con
 }
 
 // Two neighbours of a row of `width`, of which only the first need exist.
-__device__ __forceinline__ void store_pair(void* target, bool wide, int64_t place, bool both, float first, float second) {
+__device__ __forceinline__ void store_pair(void* target, bool wide, int64_t place, bool both, float first,
+                                           float second) {
   if (wide) {
     static_cast<float*>(target)[place] = first;
     if (both) static_cast<float*>(target)[place + 1] = second;
@@ -288,13 +311,15 @@ __global__ void __launch_bounds__(S::Threads) quantized_linear_kernel(const __gr
 
 constexpr int kExpandThreads = 256;
 
-// One thread expands one word: 8 or 4 neighbouring inputs of one output. For many rows, where a dense product is faster.
+// One thread expands one word: 8 or 4 neighbouring inputs of one output. For many rows, where a dense product is
+// faster.
 template <int Bits>
 __global__ void __launch_bounds__(kExpandThreads) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
   constexpr int kCodes = 32 / Bits, kBlocks = kGroup / kCodes;  // codes of a word, words of an output and group
   const QuantizedWeight& w = p.weight;
   const int tiles = (w.outputs + kTile - 1) / kTile, groups = (w.inputs + kGroup - 1) / kGroup;
-  const int64_t item = int64_t(blockIdx.x) * kExpandThreads + threadIdx.x;  // [tile][group][output][block]: neighbours write in line
+  const int64_t item =
+      int64_t(blockIdx.x) * kExpandThreads + threadIdx.x;  // [tile][group][output][block]: neighbours write in line
   if (item >= int64_t(tiles) * groups * kTile * kBlocks) return;
   const int block = item % kBlocks, output = item / kBlocks % kTile;
   const int64_t place = item / kBlocks / kTile;  // of tile and group
@@ -308,7 +333,8 @@ __global__ void __launch_bounds__(kExpandThreads) dequantize_kernel(const __grid
     const int shift = Bits == 8 ? 8 * i : i % 4 * 8 + i / 4 * 4;
     const float low = float(word >> shift & ((1 << Bits) - 1)), high = float(word >> (shift + 8) & ((1 << Bits) - 1));
     if (first + i < w.inputs)
-      store_pair(p.out, p.wide, row * w.inputs + first + i, first + i + 1 < w.inputs, (low - zero) * scale, (high - zero) * scale);
+      store_pair(p.out, p.wide, row * w.inputs + first + i, first + i + 1 < w.inputs, (low - zero) * scale,
+                 (high - zero) * scale);
   }
 }
 
@@ -316,7 +342,9 @@ template <int Bits>
 void expand(const DequantizeParams& p, cudaStream_t stream) {
   const int64_t tiles = (p.weight.outputs + kTile - 1) / kTile, groups = (p.weight.inputs + kGroup - 1) / kGroup;
   const int64_t items = tiles * groups * kTile * (kGroup * Bits / 32);
-  if (items > 0) cu::launch<dequantize_kernel<Bits>>(dim3((items + kExpandThreads - 1) / kExpandThreads), kExpandThreads, 0, stream, p);
+  if (items > 0)
+    cu::launch<dequantize_kernel<Bits>>(dim3((items + kExpandThreads - 1) / kExpandThreads), kExpandThreads, 0, stream,
+                                        p);
 }
 
 template <class S>

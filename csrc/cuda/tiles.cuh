@@ -54,8 +54,8 @@ __device__ __forceinline__ Pair rotate(Pair x, float cosine, float sine) {
 
 // Eight cosines and sines from column `column` of a table row. A row beyond the table reads as NaN: a table that is too
 // short shows in the result, and never as a stray load.
-__device__ __forceinline__ void load_angles(const RotationTable& table, int row, int half, int column, float (&cosine)[8],
-                                            float (&sine)[8]) {
+__device__ __forceinline__ void load_angles(const RotationTable& table, int row, int half, int column,
+                                            float (&cosine)[8], float (&sine)[8]) {
   if (row >= table.rows) {
 #pragma unroll
     for (int i = 0; i < 8; i++) cosine[i] = sine[i] = NAN;
@@ -72,7 +72,8 @@ __device__ __forceinline__ void load_angles(const RotationTable& table, int row,
 }
 
 // Rotates eight pairs, held as bf16 pairs of neighbours in `low` (elements i) and `high` (elements i + D / 2).
-__device__ __forceinline__ void rotate_chunks(uint4& low, uint4& high, const float (&cosine)[8], const float (&sine)[8]) {
+__device__ __forceinline__ void rotate_chunks(uint4& low, uint4& high, const float (&cosine)[8],
+                                              const float (&sine)[8]) {
   uint32_t* a = &low.x;
   uint32_t* b = &high.x;
 #pragma unroll
@@ -84,17 +85,18 @@ __device__ __forceinline__ void rotate_chunks(uint4& low, uint4& high, const flo
   }
 }
 
-// Rows first .. first + Rows, rotated on the way; zeros from row `end` on. Row r of the matrix has row table_row + r of the table.
+// Rows first .. first + Rows, rotated on the way; zeros from row `end` on. Row r of the matrix has row table_row + r of
+// the table.
 template <int D, int Rows, int Threads>
-__device__ __forceinline__ void load_rotated(bf16* shared, const bf16* global, int64_t stride, const RotationTable& table,
-                                             int table_row, int first, int end) {
+__device__ __forceinline__ void load_rotated(bf16* shared, const bf16* global, int64_t stride,
+                                             const RotationTable& table, int table_row, int first, int end) {
   constexpr int kChunks = D / 16;  // of half a row
   static_assert(Rows * kChunks % Threads == 0);
 #pragma unroll 1  // unrolled, the angles alone would take more registers than there are
   for (int i = 0; i < Rows * kChunks / Threads; i++) {
     const int item = i * Threads + threadIdx.x, chunk = item % kChunks, line = item / kChunks;
-    // Eight lanes store together. With 64 columns they fill half of two rows, which the swizzle keeps in different banks
-    // when the rows lie four apart.
+    // Eight lanes store together. With 64 columns they fill half of two rows, which the swizzle keeps in different
+    // banks when the rows lie four apart.
     const int row = D == 64 ? (line & ~7) | (line & 1) << 2 | (line >> 1 & 3) : line;
     uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
     if (first + row < end) {
@@ -110,12 +112,13 @@ __device__ __forceinline__ void load_rotated(bf16* shared, const bf16* global, i
   }
 }
 
-// Where this lane points ldmatrix at column 0 of a tile whose rows start at `row`; `Transposed` as for load_b. Column 16 * k
-// is then an XOR away, since the swizzle only flips chunk bits, and 16 rows further is an addition.
+// Where this lane points ldmatrix at column 0 of a tile whose rows start at `row`; `Transposed` as for load_b. Column
+// 16 * k is then an XOR away, since the swizzle only flips chunk bits, and 16 rows further is an addition.
 template <int D, bool RowsFirst>
 __device__ __forceinline__ int lane_offset(int row) {
   const int lane = threadIdx.x % 32;
-  return RowsFirst ? swizzled<D>(row + lane % 16, lane / 16) : swizzled<D>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  return RowsFirst ? swizzled<D>(row + lane % 16, lane / 16)
+                   : swizzled<D>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
 // A fragment (16 rows, 16 columns from 16 * k) of a row-major tile; offset = lane_offset<D, true>(first row).
@@ -124,8 +127,8 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const bf16* shared, int
   cu::ldmatrix_x4(a, shared + (offset ^ k * 16));
 }
 
-// Two B fragments for A * tile^T: the tile's rows `row` .. `row + 15` are columns of B, its columns 16 * k .. are B's rows.
-// b[0], b[1] belong to rows row .. row + 7, b[2], b[3] to the next eight. offset = lane_offset<D, false>(0).
+// Two B fragments for A * tile^T: the tile's rows `row` .. `row + 15` are columns of B, its columns 16 * k .. are B's
+// rows. b[0], b[1] belong to rows row .. row + 7, b[2], b[3] to the next eight. offset = lane_offset<D, false>(0).
 template <int D>
 __device__ __forceinline__ void load_b_of_transpose(uint32_t (&b)[4], const bf16* shared, int offset, int row, int k) {
   cu::ldmatrix_x4(b, shared + row * D + (offset ^ k * 16));
@@ -136,15 +139,6 @@ __device__ __forceinline__ void load_b_of_transpose(uint32_t (&b)[4], const bf16
 template <int D>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], const bf16* shared, int offset, int row, int n) {
   cu::ldmatrix_x4_transposed(b, shared + row * D + (offset ^ n * 16));
-}
-
-// The accumulators of two neighbouring 16 x 8 tiles are, rounded, the A fragment of the next product: no trip through
-// shared memory.
-__device__ __forceinline__ void accumulators_to_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-  a[0] = cu::pack_bf16(left[0], left[1]);
-  a[1] = cu::pack_bf16(left[2], left[3]);
-  a[2] = cu::pack_bf16(right[0], right[1]);
-  a[3] = cu::pack_bf16(right[2], right[3]);
 }
 
 // Writes 16 rows of accumulators as bf16: through 16 rows of shared memory that this warp alone uses, so that global

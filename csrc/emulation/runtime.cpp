@@ -54,7 +54,9 @@ emulation_switch_stack:
   ret
 .size emulation_switch_stack,.-emulation_switch_stack
 )");
-void switch_stack(void** save, void* load) { emulation_switch_stack(save, load); }
+void switch_stack(void** save, void* load) {
+  emulation_switch_stack(save, load);
+}
 #endif
 
 void yield_to_scheduler() {
@@ -152,8 +154,7 @@ void leave(Block& block, Fiber& fiber) {
   Warp& warp = *fiber.warp;
   warp.members--;
   block.live--;
-  if (warp.arrived > 0)
-    fail(std::string("a thread ended while other lanes of its warp wait at ") + warp.operation);
+  if (warp.arrived > 0) fail(std::string("a thread ended while other lanes of its warp wait at ") + warp.operation);
   if (block.live > 0 && block.at_barrier == block.live) release_barrier(block);
   if (warp.members == 0) flush_accesses(warp);
 }
@@ -237,8 +238,8 @@ void run_block(Block& block, uint3 index) {
       block.error = "a thread overran the stack that the emulation gives it";
   }
   if (!block.error.empty())
-    block.error += " [block " + std::to_string(index.x) + "," + std::to_string(index.y) + "," +
-                   std::to_string(index.z) + "]";
+    block.error +=
+        " [block " + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + "]";
   running_block = nullptr;
 }
 
@@ -263,7 +264,9 @@ void Counters::add(const Counters& other) {
   shared_ideal += other.shared_ideal;
 }
 
-Block* current_block() { return running_block; }
+Block* current_block() {
+  return running_block;
+}
 
 void fail(const std::string& message) {
   Block* block = running_block;
@@ -275,8 +278,8 @@ void block_barrier(int line) {
   Block* block = running_block;
   Fiber& fiber = *block->current;
   if (block->at_barrier > 0 && block->barrier_line != line)
-    fail("threads of one block wait at different __syncthreads, lines " + std::to_string(block->barrier_line) + " and " +
-         std::to_string(line));
+    fail("threads of one block wait at different __syncthreads, lines " + std::to_string(block->barrier_line) +
+         " and " + std::to_string(line));
   block->barrier_line = line;
   if (++block->at_barrier == block->live) {
     release_barrier(*block);
@@ -310,9 +313,11 @@ void launch(const std::function<void()>& body, dim3 grid, dim3 block_size, size_
   const size_t threads = size_t(block_size.x) * block_size.y * block_size.z;
   const long total = long(grid.x) * grid.y * grid.z;
   if (total == 0 || threads == 0 || threads % kLanes != 0 || threads > 1024)
-    throw std::runtime_error("emulation: the grid must be non-empty, a block must hold 32 to 1024 threads in whole warps");
+    throw std::runtime_error(
+        "emulation: the grid must be non-empty, a block must hold 32 to 1024 threads in whole warps");
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("emulation: grid y and z end at 65535");
-  if (shared_bytes > 163 << 10) throw std::runtime_error("emulation: more than 163 KiB of shared memory, the limit of sm_80");
+  if (shared_bytes > 163 << 10)
+    throw std::runtime_error("emulation: more than 163 KiB of shared memory, the limit of sm_80");
   std::atomic<long> next{0};
   std::mutex mutex;
   std::string error;
@@ -323,7 +328,8 @@ void launch(const std::function<void()>& body, dim3 grid, dim3 block_size, size_
     block.shadow.resize((shared_bytes + 3) / 4);
     block.stacks.reset(new char[kStackBytes * threads]);
     block.shared_storage.reset(new char[shared_bytes + 128]);
-    block.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.shared_storage.get()) + 127) & ~uintptr_t(127));
+    block.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.shared_storage.get()) + 127) &
+                                                    ~uintptr_t(127));
     block.shared_bytes = shared_bytes;
     block.body = &body;
     block.block_size = block_size;
@@ -350,10 +356,13 @@ void launch(const std::function<void()>& body, dim3 grid, dim3 block_size, size_
 
 // Knobs for the tests, reached through ctypes.
 extern "C" {
-__attribute__((visibility("default"))) void emulation_configure(uint64_t seed, int copies, int threads, int check_races) {
+__attribute__((visibility("default"))) void emulation_configure(uint64_t seed, int copies, int threads,
+                                                                int check_races) {
   emulation::options() = {seed, static_cast<emulation::CopyMode>(copies), threads, check_races != 0};
 }
-__attribute__((visibility("default"))) void emulation_reset_counters() { emulation::counters() = {}; }
+__attribute__((visibility("default"))) void emulation_reset_counters() {
+  emulation::counters() = {};
+}
 __attribute__((visibility("default"))) void emulation_read_counters(long* out) {
   const emulation::Counters& c = emulation::counters();
   const long values[] = {c.mma, c.ldmatrix, c.ldmatrix_wavefronts, c.shared, c.shared_wavefronts, c.shared_ideal};

@@ -34,8 +34,8 @@ enum class CopyMode { lazy = 0, eager = 1, mixed = 2 };
 struct Options {
   uint64_t seed = 0;  // 0: round-robin order; otherwise random lane order, and warps that drift apart
   CopyMode copies = CopyMode::lazy;
-  int threads = 2;           // OS threads that share the blocks of a launch
-  bool check_races = true;   // happens-before check of every shared-memory access made through cu::
+  int threads = 2;          // OS threads that share the blocks of a launch
+  bool check_races = true;  // happens-before check of every shared-memory access made through cu::
 };
 Options& options();
 
@@ -115,7 +115,9 @@ struct Block {
 };
 
 Block* current_block();
-inline Fiber& current_fiber() { return *current_block()->current; }
+inline Fiber& current_fiber() {
+  return *current_block()->current;
+}
 
 // Ends the launch with std::runtime_error. Names the block and the thread.
 [[noreturn]] void fail(const std::string& message);

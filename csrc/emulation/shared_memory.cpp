@@ -1,8 +1,8 @@
 // Shared memory of the emulation: bounds, a happens-before race check, asynchronous copies, bank-conflict bookkeeping.
 //
-// The race check keeps, for each four bytes, who wrote last and in which barrier epoch, and which warps have read in the
-// present epoch. An access that no barrier orders against an earlier one is reported whatever order the threads happened
-// to run in: a missing __syncthreads is found by one run, not by a lucky schedule.
+// The race check keeps, for each four bytes, who wrote last and in which barrier epoch, and which warps have read in
+// the present epoch. An access that no barrier orders against an earlier one is reported whatever order the threads
+// happened to run in: a missing __syncthreads is found by one run, not by a lucky schedule.
 #include "runtime.h"
 
 namespace emulation {
@@ -26,7 +26,8 @@ void note_read(Fiber& fiber, size_t offset, size_t bytes, bool whole_warp) {
     if (word.pending) fail("shared memory is read while a cp.async into it is still in flight");
     const unsigned writer = word.writer - 1u;
     if (writer / kLanes != warp.index) {
-      if (word.landed_block_epoch == block.epoch) fail("race: shared memory is read with no __syncthreads after another warp wrote it");
+      if (word.landed_block_epoch == block.epoch)
+        fail("race: shared memory is read with no __syncthreads after another warp wrote it");
     } else if ((whole_warp || writer != fiber.thread) && word.landed_warp_epoch == warp.sync_epoch) {
       fail("race: shared memory is read with no __syncwarp after another lane wrote it");
     }
@@ -88,9 +89,12 @@ void land(const PendingCopy& copy) {
 
 bool lands_at_issue(size_t offset) {
   switch (options().copies) {
-    case CopyMode::lazy: return false;
-    case CopyMode::eager: return true;
-    default: return ((offset >> 4) * 2654435761u + options().seed) >> 13 & 1;
+    case CopyMode::lazy:
+      return false;
+    case CopyMode::eager:
+      return true;
+    default:
+      return ((offset >> 4) * 2654435761u + options().seed) >> 13 & 1;
   }
 }
 

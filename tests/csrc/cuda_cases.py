@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class AttentionCase:
-    """Random packed attention. T tokens, G groups, R queries a group, D head dim; offsets[i] shifts sequence i's rotation."""
+    """Random packed attention. T tokens, G groups, R queries a group, D head dim; `offsets` shift the rotation."""
 
     lengths: tuple[int, ...]
     groups: int = 2
@@ -129,7 +129,7 @@ class DecodeCase:
         for b, length in enumerate(self.lengths):
             k, v = (x[b, :, :length].double().repeat_interleave(self.queries, dim=0) for x in (self.k, self.v))
             scores = torch.einsum("hd,hld->hl", self.q[b].double(), k) * self.dim**-0.5
-            rows.append(torch.einsum("hl,hld->hd", scores.softmax(-1), v) if length else torch.zeros_like(v[:, 0:1].sum(1)))
+            rows.append(torch.einsum("hl,hld->hd", scores.softmax(-1), v))  # no keys: an empty sum, zeros
         return torch.stack(rows)
 
 
@@ -164,7 +164,7 @@ class LinearCase:
         # [tiles, groups, output of a tile, input of a group]; padding holds arbitrary codes, which must not matter
         codes = torch.randint(top, (tiles, groups, 16, 128), generator=generator).to(torch.uint8)
         scales = (torch.rand(tiles, groups, 16, generator=generator) * 0.02 + 0.001).bfloat16()
-        zeros = torch.randint(top, (tiles, groups, 16) if self.asymmetric else (0,), generator=generator).to(torch.uint8)
+        zeros = torch.randint(top, scales.shape if self.asymmetric else (0,), generator=generator).to(torch.uint8)
         self.weight_arguments = (self._packed(codes), scales, zeros, self.bits, self.outputs, self.inputs)
         shift = zeros.double()[..., None] if self.asymmetric else top // 2
         values = (codes.double() - shift) * scales.double()[..., None]

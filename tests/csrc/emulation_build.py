@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the CPU emulation and loads it as torch operators.
 
-One shared library holds the kernels, the emulation and the bindings under a namespace of its own, so that a mutant can be
-loaded beside the real build. Object files are kept in build/emulation by the hash of all sources and flags.
+One shared library holds the kernels, the emulation and the bindings under a namespace of its own, so that a mutant can
+be loaded beside the real build. Object files are kept in build/emulation by the hash of all sources and flags.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Emulation:
 
 
 def sources(edits: dict[str, list[tuple[str, str]]] | None = None) -> dict[str, str]:
-    """All sources by path relative to csrc, with `edits` (path -> [(old, new)]) applied; `old` must occur exactly once."""
+    """All sources by path relative to csrc, with `edits` (path -> [(old, new)]) applied. `old` must occur once."""
     texts = {
         str(path.relative_to(CSRC)): path.read_text()
         for folder in FOLDERS
@@ -95,7 +95,7 @@ def build(
     objects: list[Path] = []
     commands: list[tuple[list[str], Path]] = []
     tree = BUILD / "sources" / _digest(*texts.values())
-    for name, text in texts.items():
+    for name in texts:
         if name.endswith((".h", ".cuh")):
             continue
         command = [compiler, *FLAGS, *flags]
@@ -119,15 +119,15 @@ def build(
     return library
 
 
-def build_plain(source: Path) -> Path:
+def build_plain(source: Path, flags: tuple[str, ...] = ()) -> Path:
     """A shared library of one test source and the emulation, without torch: called through ctypes."""
     compiler = _compiler()
     runtime = [CSRC / "emulation" / name for name in ("runtime.cpp", "shared_memory.cpp", "primitives.cpp")]
     texts = [source.read_text(), *sources().values()]
-    library = BUILD / f"lib{source.stem}-{_digest(*texts)}.so"
+    library = BUILD / f"lib{source.stem}-{_digest(*texts, *flags)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *FLAGS, "-O1", "-shared", "-x", "c++", str(source), *map(str, runtime), "-lpthread"]
+        command = [compiler, *FLAGS, *flags, "-O1", "-shared", "-x", "c++", str(source), *map(str, runtime), "-lpthread"]
         _compile(command, library)
     return library
 

@@ -1,5 +1,6 @@
-// One kernel for each primitive of csrc/cuda/primitives.cuh: 32 lanes, kIn words in and kOut words out for each. Built twice,
-// by g++ on the emulation and by nvcc, and called through ctypes, so that the two can be held against each other.
+// One kernel for each primitive of csrc/cuda/primitives.cuh: 32 lanes, kIn words in and kOut words out for each. Built
+// twice, by g++ on the emulation and by nvcc, and called through ctypes, so that the two can be held against each
+// other.
 #include "../../csrc/cuda/primitives.cuh"
 
 #include <cstdio>
@@ -25,8 +26,9 @@ __global__ void __launch_bounds__(32) probe_kernel(const __grid_constant__ Probe
   for (int i = 0; i < kOut; i++) p.out[threadIdx.x * kOut + i] = out[i];
 }
 
-#define PROBE(name) \
-  __device__ void name([[maybe_unused]] const ProbeParams& p, [[maybe_unused]] const uint32_t(&in)[kIn], uint32_t(&out)[kOut])
+#define PROBE(name)                                                                                       \
+  __device__ void name([[maybe_unused]] const ProbeParams& p, [[maybe_unused]] const uint32_t (&in)[kIn], \
+                       uint32_t (&out)[kOut])
 
 PROBE(mma_bf16) {
   const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
@@ -48,8 +50,12 @@ __device__ void load_matrices(const uint32_t (&in)[kIn], uint32_t (&out)[kOut]) 
     cu::ldmatrix_x4(out, rows + (in[4] + threadIdx.x) % 32);
   }
 }
-PROBE(ldmatrix) { load_matrices<false>(in, out); }
-PROBE(ldmatrix_transposed) { load_matrices<true>(in, out); }
+PROBE(ldmatrix) {
+  load_matrices<false>(in, out);
+}
+PROBE(ldmatrix_transposed) {
+  load_matrices<true>(in, out);
+}
 
 // in[4] says which copies are valid; an invalid one brings zeros. Lanes read their neighbour's copy.
 PROBE(cp_async) {
@@ -85,7 +91,9 @@ PROBE(exponentials) {
   out[0] = __float_as_uint(cu::exp2_approximate(__uint_as_float(in[0])));
   out[1] = __float_as_uint(cu::log2_approximate(__uint_as_float(in[1])));
 }
-PROBE(byte_permutation) { out[0] = __byte_perm(in[0], in[1], in[2] & 0x7777); }
+PROBE(byte_permutation) {
+  out[0] = __byte_perm(in[0], in[1], in[2] & 0x7777);
+}
 PROBE(shuffles) {
   const float value = __uint_as_float(in[0]);
   out[0] = __float_as_uint(__shfl_xor_sync(~0u, value, 1));
@@ -107,13 +115,15 @@ void run(const ProbeParams& p) {
 constexpr struct {
   const char* name;
   Launch launch;
-} kProbes[] = {ENTRY(mma_bf16),     ENTRY(ldmatrix),     ENTRY(ldmatrix_transposed), ENTRY(cp_async),  ENTRY(bf16_pairs),
-               ENTRY(bf16_scalars), ENTRY(exponentials), ENTRY(byte_permutation),    ENTRY(shuffles), ENTRY(streaming_load)};
+} kProbes[] = {ENTRY(mma_bf16),   ENTRY(ldmatrix),      ENTRY(ldmatrix_transposed), ENTRY(cp_async),
+               ENTRY(bf16_pairs), ENTRY(bf16_scalars),  ENTRY(exponentials),        ENTRY(byte_permutation),
+               ENTRY(shuffles),   ENTRY(streaming_load)};
 
 }  // namespace
 
 // 0: done. Otherwise `message` (256 bytes) says what went wrong. `in` and `out` lie in host memory.
-extern "C" __attribute__((visibility("default"))) int probe(const char* name, const uint32_t* in, uint32_t* out, char* message) {
+extern "C" __attribute__((visibility("default"))) int probe(const char* name, const uint32_t* in, uint32_t* out,
+                                                            char* message) {
   for (const auto& entry : kProbes) {
     if (strcmp(entry.name, name) != 0) continue;
 #ifdef __CUDACC__

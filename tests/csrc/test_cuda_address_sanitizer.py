@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer: every global load and store of the emulated kernels is checked against its tensor."""
+"""The kernels under AddressSanitizer: each global load and store of the emulation is checked against its tensor."""
 
 import json
 import os

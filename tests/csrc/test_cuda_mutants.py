@@ -71,11 +71,18 @@ UNSYNCHRONISED = {
         IN_FLIGHT,
     ),
     "rows written out through shared memory without __syncwarp": Mutant(
-        TILES, "  __syncwarp();\n#pragma unroll\n  for (int i = 0; i < 16 * D / 8 / 32", "#pragma unroll\n  for (int i = 0; i < 16 * D / 8 / 32",
-        forward_error, RACE,
+        TILES,
+        "  __syncwarp();\n#pragma unroll\n  for (int i = 0; i < 16 * D / 8 / 32",
+        "#pragma unroll\n  for (int i = 0; i < 16 * D / 8 / 32",
+        forward_error,
+        RACE,
     ),
     "queries prefetched into the stage in use": Mutant(
-        BACKWARD, "load_queries<S>(p, stages, stage ^ 1,", "load_queries<S>(p, stages, stage,", backward_error, "race: |in flight"
+        BACKWARD,
+        "load_queries<S>(p, stages, stage ^ 1,",
+        "load_queries<S>(p, stages, stage,",
+        backward_error,
+        "race: |in flight",
     ),
     "stage of keys overwritten before the barrier": Mutant(
         BACKWARD, "__syncthreads();  // these keys are there", "// these keys are there", backward_error, RACE
@@ -111,7 +118,10 @@ STUCK = {
         "different __syncthreads|race: |nobody has written",
     ),
     "copy that nobody waits for": Mutant(
-        DECODE, "  cu::cp_async_wait<0>();\n  __syncthreads();  // the ring", "  __syncthreads();  // the ring", decode_error,
+        DECODE,
+        "  cu::cp_async_wait<0>();\n  __syncthreads();  // the ring",
+        "  __syncthreads();  // the ring",
+        decode_error,
         "never waited for|still in flight",
     ),
 }
@@ -123,18 +133,31 @@ WRONG = {
     "row summed over half of its lanes": Mutant(
         FORWARD, "sum += __shfl_xor_sync(~0u, sum, 2);\n      inverse", "inverse", forward_error
     ),
-    "logarithm of the wrong base": Mutant(FORWARD, "cu::log2_approximate(sum) * kLn2", "cu::log2_approximate(sum)", forward_error),
-    "delta with the wrong sign": Mutant(BACKWARD, "(grad_weights[j][e] - delta[h])", "(grad_weights[j][e] + delta[h])", backward_error),
-    "keys not rotated back": Mutant(BACKWARD, "(grad_keys, p.table, table_row)", "(grad_keys, p.table, 0 * table_row)", backward_error),
-    "second query head of the group left out": Mutant(
-        BACKWARD, "heads_end = (group + 1) * p.queries_per_group;", "heads_end = group * p.queries_per_group + 1;", backward_error
+    "logarithm of the wrong base": Mutant(
+        FORWARD, "cu::log2_approximate(sum) * kLn2", "cu::log2_approximate(sum)", forward_error
     ),
-    "splits that overlap": Mutant(DECODE, "end = min(begin + share, length)", "end = min(begin + 2 * share, length)", decode_error),
+    "delta with the wrong sign": Mutant(
+        BACKWARD, "(grad_weights[j][e] - delta[h])", "(grad_weights[j][e] + delta[h])", backward_error
+    ),
+    "keys not rotated back": Mutant(
+        BACKWARD, "(grad_keys, p.table, table_row)", "(grad_keys, p.table, 0 * table_row)", backward_error
+    ),
+    "second query head of the group left out": Mutant(
+        BACKWARD,
+        "heads_end = (group + 1) * p.queries_per_group;",
+        "heads_end = group * p.queries_per_group + 1;",
+        backward_error,
+    ),
+    "splits that overlap": Mutant(
+        DECODE, "end = min(begin + share, length)", "end = min(begin + 2 * share, length)", decode_error
+    ),
     "padding of the cache attended": Mutant(DECODE, ">= valid) scores", "> valid) scores", decode_error),
     "bytes of a word in another order": Mutant(LINEAR, "h ? 0x4342 : 0x4140", "h ? 0x4341 : 0x4240", linear_error),
     "scale of the neighbour": Mutant(LINEAR, "(e & 1 ? odd : even)", "(e & 1 ? even : odd)", linear_error),
     "halves of a B fragment exchanged": Mutant(
-        TILES, "swizzled<D>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2)", "swizzled<D>(row + lane / 8 % 2 * 8 + lane % 8, lane / 16)",
+        TILES,
+        "swizzled<D>(row + lane / 16 * 8 + lane % 8, lane / 8 % 2)",
+        "swizzled<D>(row + lane / 8 % 2 * 8 + lane % 8, lane / 16)",
         forward_error,
     ),
 }
@@ -144,7 +167,8 @@ FAST = {"keys read before the barrier", "ring of a warp read without __syncwarp"
 
 def parameters(mutants: dict[str, Mutant]) -> list:
     return [
-        pytest.param(name, mutant, id=name, marks=() if name in FAST else pytest.mark.slow) for name, mutant in mutants.items()
+        pytest.param(name, mutant, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, mutant in mutants.items()
     ]
 
 
@@ -173,12 +197,16 @@ def test_wrong_arithmetic_gives_wrong_results(name: str, mutant: Mutant) -> None
     ("name", "schedules"),
     [
         ("keys read before the barrier", [("lazy", seed) for seed in range(8)]),
-        pytest.param("keys overwritten before the barrier", [("eager", seed) for seed in range(8)], marks=pytest.mark.slow),
-        pytest.param("stage of keys overwritten before the barrier", [("lazy", 0), ("lazy", 1)], marks=pytest.mark.slow),
+        pytest.param(
+            "keys overwritten before the barrier", [("eager", seed) for seed in range(8)], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "stage of keys overwritten before the barrier", [("lazy", 0), ("lazy", 1)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_schedules_alone_expose_a_missing_barrier(name: str, schedules: list) -> None:
-    """Second line of defence: without the race check, drifting warps and the landing time of copies spoil the result."""
+    """Second line of defence: without the race check, drifting warps and late or early copies spoil the result."""
     mutant = UNSYNCHRONISED[name]
     emulation = load(name, mutant)
     errors = []

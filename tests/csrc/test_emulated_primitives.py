@@ -129,6 +129,14 @@ def test_byte_permutation_and_shuffles(probe: Probe, random: np.random.Generator
         assert np.array_equal(out[:, column], values[lane, 0])
 
 
+@pytest.mark.slow
+def test_portable_stack_switch(random: np.random.Generator) -> None:
+    """Processors other than x86-64 switch fibers through ucontext; here it is chosen by hand."""
+    probe = Probe(emulation_build.build_plain(SOURCE, ("-DEMULATION_UCONTEXT",)))
+    values = random.standard_normal((32, 1)).astype(np.float32).view(np.uint32)
+    assert np.array_equal(probe("shuffles", values)[:, 1], values[np.arange(32) ^ 2, 0])
+
+
 def test_streaming_load(probe: Probe, random: np.random.Generator) -> None:
     inputs = random.integers(0, 2**32, (32, 4), dtype=np.uint32)
     assert np.array_equal(probe("streaming_load", inputs), inputs[np.arange(32) ^ 5])

@@ -1,4 +1,4 @@
-"""nvcc compiles each kernel for A100 and H100 without spilling, within the registers written down in register_budget.json.
+"""nvcc compiles each kernel for A100 and H100 without spills, within the registers that register_budget.json allows.
 
 After a deliberate change: python tests/csrc/test_register_budget.py writes the file anew from what nvcc reports.
 """
@@ -73,7 +73,9 @@ def test_kernels_compile_for_both_architectures_within_their_registers(tmp_path:
     same_release = release() == budget.pop("nvcc")
     assert measured.keys() == budget.keys()
     for architecture, kernels in measured.items():
-        assert kernels.keys() == budget[architecture].keys(), f"{architecture}: write the budget anew, see the docstring"
+        assert kernels.keys() == budget[architecture].keys(), (
+            f"{architecture}: write the budget anew, see the docstring"
+        )
         for kernel, figures in kernels.items():
             assert figures["spilled"] == 0, (architecture, kernel, figures)
             assert figures["stack"] == 0, (architecture, kernel, figures)
@@ -99,6 +101,8 @@ if __name__ == "__main__":
     spilling = [(a, k) for a, kernels in figures.items() for k, f in kernels.items() if f["spilled"] or f["stack"]]
     if spilling:
         sys.exit(f"these kernels spill or use the stack: {spilling}")
-    text = {"nvcc": release()} | {a: {k: f["registers"] for k, f in sorted(kernels.items())} for a, kernels in figures.items()}
+    text = {"nvcc": release()} | {
+        a: {k: f["registers"] for k, f in sorted(kernels.items())} for a, kernels in figures.items()
+    }
     BUDGET.write_text(json.dumps(text, indent=1) + "\n")
     print(BUDGET.read_text())
