@@ -134,7 +134,7 @@ void launch(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const
   if (shared_bytes > 48 << 10 &&
       cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess)
     return;
-  Kernel<<<grid, threads, shared_bytes, stream> > >(params);
+  Kernel<<<grid, threads, shared_bytes, stream>>>(params);
 }
 
 }  // namespace cu

@@ -9,13 +9,15 @@
 // product does not care about the order of its inputs, so lane t takes inputs 16t .. 16t + 15 of every 64, of x as well
 // as of W: x is then read as plain 16-byte words in place of ldmatrix, at the same cost.
 #include "params.h"
+#include "quantized.cuh"
 #include "tiles.cuh"
 
 namespace {
 
 using cu::bf16;
+using quantized::kGroup, quantized::kTile, quantized::store_pair;
 constexpr int kStep = 64;  // inputs of one stage: a row of x is then 128 bytes, all banks
-constexpr int kTile = 16, kGroup = 128, kGroupSteps = kGroup / kStep;
+constexpr int kGroupSteps = kGroup / kStep;
 
 // Bits, rows of x in a block, warps along outputs and along inputs, tiles of 16 outputs a warp, stages of the ring.
 template <int Bits_, int Rows_, int WarpsN_, int WarpsK_, int Tiles_, int Stages_>
@@ -239,20 +241,6 @@ __device__ __forceinline__ void reduce_parts(Sums<S>& totals, float* shared, con
         }
 }
 
-// Two neighbours of a row of `width`, of which only the first need exist.
-__device__ __forceinline__ void store_pair(void* target, bool wide, int64_t place, bool both, float first,
-                                           float second) {
-  if (wide) {
-    static_cast<float*>(target)[place] = first;
-    if (both) static_cast<float*>(target)[place + 1] = second;
-  } else if (both && place % 2 == 0) {
-    reinterpret_cast<uint32_t*>(target)[place / 2] = cu::pack_bf16(first, second);
-  } else {
-    static_cast<bf16*>(target)[place] = cu::to_bf16(first);
-    if (both) static_cast<bf16*>(target)[place + 1] = cu::to_bf16(second);
-  }
-}
-
 template <class S>
 __device__ __forceinline__ void store(const QuantizedLinearParams& p, const Sums<S>& totals, const Work& work) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -309,44 +297,6 @@ __global__ void __launch_bounds__(S::Threads) quantized_linear_kernel(const __gr
   if (work.part == 0) store<S>(p, totals, work);
 }
 
-constexpr int kExpandThreads = 256;
-
-// One thread expands one word: 8 or 4 neighbouring inputs of one output. For many rows, where a dense product is
-// faster.
-template <int Bits>
-__global__ void __launch_bounds__(kExpandThreads) dequantize_kernel(const __grid_constant__ DequantizeParams p) {
-  constexpr int kCodes = 32 / Bits, kBlocks = kGroup / kCodes;  // codes of a word, words of an output and group
-  const QuantizedWeight& w = p.weight;
-  const int tiles = (w.outputs + kTile - 1) / kTile, groups = (w.inputs + kGroup - 1) / kGroup;
-  const int64_t item =
-      int64_t(blockIdx.x) * kExpandThreads + threadIdx.x;  // [tile][group][output][block]: neighbours write in line
-  if (item >= int64_t(tiles) * groups * kTile * kBlocks) return;
-  const int block = item % kBlocks, output = item / kBlocks % kTile;
-  const int64_t place = item / kBlocks / kTile;  // of tile and group
-  const int64_t row = place / groups * kTile + output, first = place % groups * kGroup + block * kCodes;
-  if (row >= w.outputs) return;
-  const uint32_t word = static_cast<const uint32_t*>(w.packed)[(place * kBlocks + block) * kTile + output];
-  const float scale = cu::to_float(static_cast<const bf16*>(w.scales)[place * kTile + output]);
-  const float zero = w.zeros ? float(w.zeros[place * kTile + output]) : float(1 << (Bits - 1));
-#pragma unroll
-  for (int i = 0; i < kCodes; i += 2) {
-    const int shift = Bits == 8 ? 8 * i : i % 4 * 8 + i / 4 * 4;
-    const float low = float(word >> shift & ((1 << Bits) - 1)), high = float(word >> (shift + 8) & ((1 << Bits) - 1));
-    if (first + i < w.inputs)
-      store_pair(p.out, p.wide, row * w.inputs + first + i, first + i + 1 < w.inputs, (low - zero) * scale,
-                 (high - zero) * scale);
-  }
-}
-
-template <int Bits>
-void expand(const DequantizeParams& p, cudaStream_t stream) {
-  const int64_t tiles = (p.weight.outputs + kTile - 1) / kTile, groups = (p.weight.inputs + kGroup - 1) / kGroup;
-  const int64_t items = tiles * groups * kTile * (kGroup * Bits / 32);
-  if (items > 0)
-    cu::launch<dequantize_kernel<Bits>>(dim3((items + kExpandThreads - 1) / kExpandThreads), kExpandThreads, 0, stream,
-                                        p);
-}
-
 template <class S>
 void launch(const QuantizedLinearParams& p, cudaStream_t stream) {
   const int tiles = (p.weight.outputs + kTile - 1) / kTile;
@@ -364,8 +314,4 @@ extern "C" void quantized_linear_launch(const QuantizedLinearParams& p, cudaStre
   } else {
     few ? launch<Shape<8, 16, 2, 4, 1, 5>>(p, stream) : launch<Shape<8, 64, 2, 2, 2, 3>>(p, stream);
   }
-}
-
-extern "C" void dequantize_launch(const DequantizeParams& p, cudaStream_t stream) {
-  p.weight.bits == 4 ? expand<4>(p, stream) : expand<8>(p, stream);
 }

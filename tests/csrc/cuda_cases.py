@@ -18,7 +18,7 @@ class AttentionCase:
     queries: int = 2
     dim: int = 64
     offsets: tuple[int, ...] | None = None
-    scale: float | None = None
+    scale: float = 0.1
     slack: int = 0  # how far max_seqlen lies above the longest sequence
     strided: bool = False  # qkv as a slice of a wider tensor
     seed: int = 0
@@ -33,8 +33,6 @@ class AttentionCase:
         self.max_seqlen = max(self.lengths, default=0) + self.slack
         self.cu_seqlens = torch.tensor((0, *self.lengths)).cumsum(0).to(torch.int32)
         self.table_offsets = None if self.offsets is None else torch.tensor(self.offsets, dtype=torch.int32)
-        if self.scale is None:
-            self.scale = self.dim**-0.5
         rows = max((o + n for o, n in zip(self.offsets or (0,) * len(self.lengths), self.lengths)), default=1)
         frequency = 1e4 ** (-torch.arange(self.dim // 2, dtype=torch.float64) / (self.dim // 2))
         # Rows up to max_seqlen must exist without offsets: the bindings insist, as they cannot see the lengths.
@@ -61,6 +59,7 @@ class AttentionCase:
             start += length
         out, lse = torch.cat(outs), torch.cat(lses, dim=1)
         out.backward(self.grad_out.double())
+        assert qkv.grad is not None
         return out.detach(), lse.detach(), qkv.grad
 
     def _sequence(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

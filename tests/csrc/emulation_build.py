@@ -127,7 +127,8 @@ def build_plain(source: Path, flags: tuple[str, ...] = ()) -> Path:
     library = BUILD / f"lib{source.stem}-{_digest(*texts, *flags)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *FLAGS, *flags, "-O1", "-shared", "-x", "c++", str(source), *map(str, runtime), "-lpthread"]
+        inputs = ["-x", "c++", str(source), *map(str, runtime)]
+        command = [compiler, *FLAGS, *flags, "-O1", "-shared", *inputs, "-lpthread"]
         _compile(command, library)
     return library
 

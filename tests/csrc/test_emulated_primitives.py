@@ -125,8 +125,8 @@ def test_byte_permutation_and_shuffles(probe: Probe, random: np.random.Generator
     source = random.integers(0, 32, (32, 1)).astype(np.uint32)
     out = probe("shuffles", np.concatenate([values, source], axis=1))
     lanes = np.arange(32)
-    for column, lane in enumerate((lanes ^ 1, lanes ^ 2, lanes ^ 16, source[:, 0])):
-        assert np.array_equal(out[:, column], values[lane, 0])
+    for column, senders in enumerate((lanes ^ 1, lanes ^ 2, lanes ^ 16, source[:, 0])):
+        assert np.array_equal(out[:, column], values[senders, 0])
 
 
 @pytest.mark.slow

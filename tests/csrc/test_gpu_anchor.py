@@ -49,8 +49,8 @@ def random_words(name: str, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     floats = random.standard_normal((32, 12)).astype(np.float32)
     bits = random.integers(0, 2**32, (32, 12), dtype=np.uint32)
-    pairs = torch.from_numpy(random.standard_normal((32, 24)).astype(np.float32)).bfloat16().view(torch.int16)
-    pairs = pairs.numpy().view(np.uint32)
+    halves = torch.from_numpy(random.standard_normal((32, 24)).astype(np.float32)).bfloat16().view(torch.int16)
+    pairs = halves.numpy().view(np.uint32)
     if name == "mma_bf16":
         return np.concatenate([pairs[:, :6], floats.view(np.uint32)[:, :4]], axis=1)
     if name == "bf16_pairs":
@@ -155,7 +155,9 @@ def test_attention_at_the_size_of_a_training_step(ops) -> None:
             return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
         q, k, v = rotate(qkv[:, :, :-2].flatten(1, 2)), rotate(qkv[:, :, -2]), qkv[:, :, -1]
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        expected = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=case.scale
+        )
         assert relative_error(out[start : start + length], expected[0].transpose(0, 1).double()) < 6e-3
         start += length

@@ -29,7 +29,10 @@ def compiler() -> str | None:
 def release() -> str:
     """Of nvcc, "13.0" for example: another release allocates registers differently."""
     text = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise RuntimeError(f"nvcc --version names no release:\n{text}")
+    return found[1]
 
 
 def compile_report(source: Path, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
