@@ -26,7 +26,7 @@ BUILD = REPOSITORY / "build" / "emulation"
 FOLDERS = ("cuda", "emulation")
 # No STB_GNU_UNIQUE and no interposition: two builds in one process must not share a variable or a function.
 FLAGS = (
-    *("-std=c++20", "-fPIC", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DINTERNLM2_EMULATION"),
+    *("-std=c++20", "-fPIC", "-g1", "-Wall", "-Wno-unknown-pragmas", "-DINTERNLM2_EMULATION"),
     *("-fvisibility=hidden", "-fno-gnu-unique"),
 )
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths()))
@@ -138,7 +138,7 @@ def load(namespace: str = "internlm2_emulation", edits: dict[str, list[tuple[str
 
 
 def _compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++")
+    compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to compile the CUDA kernels for the CPU emulation")
     return compiler
