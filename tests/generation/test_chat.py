@@ -7,7 +7,7 @@ import pytest
 
 from internlm2.chat import MOST_CALLS, Chat, find_model, main, talk
 from internlm2.data.chat import Action, Message, parse, render
-from internlm2.data.tokenizer import SentencePieceTokenizer
+from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.tokenizer_training import train_model
 from internlm2.generation import Completion, SamplingParams, Token
 from internlm2.model.export import export_weights
