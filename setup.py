@@ -56,7 +56,10 @@ def compiler() -> list[str]:
 
 
 def run(command: list[str], log: Path | None = None) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"`{command[0]}` does not start: {error}") from None
     if log is not None:
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n{done.stdout}")
@@ -65,10 +68,11 @@ def run(command: list[str], log: Path | None = None) -> None:
 
 
 def compile_object(command: list[str], source: Path, name: str, log: Path | None = None) -> Path:
-    """Compiles unless the object is newer than everything in csrc/ and was made by the same command."""
+    """Compiles unless the object is newer than its folder, csrc/common/ and this file, and made by the same command."""
     target, stamp = OBJECTS / f"{name}.o", OBJECTS / f"{name}.command"
     command = [*command, "-c", str(source), "-o", str(target)]
-    newest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"])
+    inputs = [*source.parent.rglob("*"), *(ROOT / "csrc" / "common").rglob("*"), ROOT / "setup.py"]
+    newest = max(path.stat().st_mtime for path in inputs)
     fresh = target.is_file() and target.stat().st_mtime > newest
     if not (fresh and stamp.is_file() and stamp.read_text() == shlex.join(command)):
         run(command, log)
@@ -148,7 +152,10 @@ def build_cuda(target: Path) -> None:
 def cuda_toolkit(nvcc: str) -> Path:
     """Folder with include/cuda_runtime_api.h of this nvcc: asked of nvcc itself, since it may be a link."""
     named = os.environ.get("CUDA_HOME")
-    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    try:
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    except OSError as error:
+        raise BuildError(f"`{nvcc}` does not start: {error}") from None
     tops = [line.split("TOP=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line]
     for top in [*([named] if named else []), *tops, str(Path(os.path.realpath(nvcc)).parent.parent)]:
         if (Path(top) / "include" / "cuda_runtime_api.h").is_file():
