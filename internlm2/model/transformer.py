@@ -4,9 +4,7 @@ T tokens of all packed sequences, n sequences, C hidden size, G kv heads, R quer
 D head dim, V vocabulary. Pre-norm, no bias anywhere. Parameter names are those of the released files.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
