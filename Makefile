@@ -14,7 +14,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel numpy
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
