@@ -19,7 +19,7 @@ from internlm2.engine.single import DTYPES
 from internlm2.model.adapters import add_adapters, describe, merged_weights, save_adapter, set_dropout_step
 from internlm2.model.export import export_weights
 from internlm2.model.transformer import CausalLM
-from internlm2.model.weights import open_weights
+from internlm2.model.weights import load_weights, open_weights
 from internlm2.run.directory import RunDirectory
 from internlm2.stages.preparation import load_data, mark_finished, run_job, start_model
 from internlm2.stages.pretrain import token_loss
@@ -45,7 +45,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         return token_loss(model, batch)
 
     def validate() -> dict[str, Any]:
-        write_answers(model, data.tokenizer, config.run, directory, engine.step)
+        write_answers(plain(model, config), data.tokenizer, config.run, directory, engine.step)
         return data.held_out.measure(engine, loss)
 
     job, stop = run_job(config, directory, console, engine, data, loss, validate)
@@ -55,6 +55,16 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     export(model, config, directory)
     mark_finished(job)
     return 0
+
+
+def plain(model: CausalLM, config: Config) -> CausalLM:
+    """The model itself or, with adapters, a copy that has them merged: generation takes plain weights."""
+    if config.adapter.kind == "none":
+        return model
+    weight = model.model.norm.weight
+    merged = CausalLM.from_config(config.model, device=weight.device, dtype=weight.dtype, seed=None)
+    load_weights(merged, merged_weights(model, config.adapter), "the merged adapter")
+    return merged
 
 
 def export(model: CausalLM, config: Config, directory: RunDirectory) -> None:
