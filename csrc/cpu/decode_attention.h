@@ -72,6 +72,8 @@ class DecodeAttentionKernel {
     alignas(64) float scores[N][CHUNK];
     if (PAIRS && a.dim == 128)
       score<N, 128>(query, keys, values, count, scores);
+    else if (PAIRS && a.dim == 96)
+      score<N, 96>(query, keys, values, count, scores);
     else if (PAIRS && a.dim == 64)
       score<N, 64>(query, keys, values, count, scores);
     else
@@ -114,12 +116,10 @@ class DecodeAttentionKernel {
       __m512bh k[DIM / 32];
       for (int d = 0; d < DIM / 32; d++) k[d] = (__m512bh)_mm512_loadu_si512(key + 32 * d);
       for (int r = 0; r < N; r++) {
-        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-        for (int d = 0; d < DIM / 32; d += 2) {
-          even = _mm512_dpbf16_ps(even, k[d], (__m512bh)_mm512_loadu_si512(query + r * DIM + 32 * d));
-          odd = _mm512_dpbf16_ps(odd, k[d + 1], (__m512bh)_mm512_loadu_si512(query + r * DIM + 32 * d + 32));
-        }
-        sums[r][t] = (Floats)_mm512_add_ps(even, odd);
+        __m512 chains[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int d = 0; d < DIM / 32; d++)
+          chains[d % 2] = _mm512_dpbf16_ps(chains[d % 2], k[d], (__m512bh)_mm512_loadu_si512(query + r * DIM + 32 * d));
+        sums[r][t] = (Floats)_mm512_add_ps(chains[0], chains[1]);
       }
       return;
     }

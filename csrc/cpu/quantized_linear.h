@@ -72,7 +72,7 @@ static void prepare(const QuantizedLinear& a, bool plain, Activations& out) {
   // In each block, the order in which shifted words give up their inputs.
   static constexpr int ORDER4[8] = {0, 2, 4, 6, 1, 3, 5, 7}, ORDER8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   const int* order = a.weight.bits == 4 ? ORDER4 : ORDER8;
-  const int64_t grain = most(1, 64 / groups);
+  const int64_t grain = most(1, 512 / groups);  // a few rows are read sooner than other threads wake
   for_each(a.parallel, (a.rows + grain - 1) / grain, [&](int64_t item) {
     alignas(64) float x[GROUP];
     alignas(64) bfloat16 narrow_x[GROUP];
