@@ -5,6 +5,7 @@ python train.py stage=recipe model=tiny preset=demo
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 from internlm2.config import Config
 from internlm2.engine.checkpoint_format import CheckpointError
 from internlm2.engine.guard import TrainingStopped
-from internlm2.run.console import logging_to
+from internlm2.run.console import duration, logging_to, quantity
 from internlm2.run.directory import RunDirectory
 from internlm2.run.provenance import record_end
 from internlm2.run.report import write_report, write_stage_report
+from internlm2.run.stage_summary import read_stage
 from internlm2.stages import pretrain, sft
 from internlm2.stages.preparation import is_complete
 
@@ -44,5 +46,22 @@ def run_stages(configs: Sequence[Config]) -> None:
                 code = 1
         if code:
             sys.exit(code)
-    root = Path(configs[-1].root) / configs[-1].name
-    print(f"report: {write_report(root)}")
+    summarise(Path(configs[-1].root) / configs[-1].name, configs)
+
+
+def summarise(root: Path, configs: Sequence[Config]) -> None:
+    """What was done, in one line a stage, and what to do with it."""
+    print()
+    for config in configs:
+        stage = read_stage(root / config.stage.name)
+        first = next((loss for loss in stage.column("loss") if loss is not None), math.nan)
+        print(
+            f"{stage.name:14}{stage.steps:>8,} steps {quantity(stage.tokens):>7} tokens   "
+            f"training loss {first:.3f} -> {stage.last('loss') or math.nan:.3f}   {duration(stage.seconds)}"
+        )
+    last = configs[-1]
+    print(f"report    {write_report(root)}")
+    if (root / last.stage.name / "export").exists():
+        print(f"model     {root / last.stage.name / 'export'} (official InternLM2 layout)")
+    if last.stage.kind == "sft":
+        print(f"talk to it with: python -m internlm2.chat {root / last.stage.name}")
