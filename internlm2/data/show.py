@@ -20,6 +20,7 @@ from rich.text import Text
 from internlm2.config import Config, ConfigError
 from internlm2.config.compose import CONF, describe, register_schema, to_config
 from internlm2.data.corpus import Corpus
+from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.prepare import prepare
 from internlm2.data.rows import IGNORE, Row
 from internlm2.data.stream import TokenStream
@@ -122,6 +123,7 @@ def statistics_table(stats: RowStatistics) -> Table:
 
 def show(config: Config, rows: int, position: int, console: Console) -> None:
     """Prepare the data of the config's stage, print `rows` rows from `position` on and statistics of 200 rows."""
+    config.data.tokenizer = settle_tokenizer(config)
     weights = {name: weight for name, weight in config.data.weights[config.stage.name].items() if weight > 0}
     tokenizer, corpus = prepare(config.data, config.model.vocab_size, progress=console.is_terminal, sources=weights)
     stream = TokenStream(

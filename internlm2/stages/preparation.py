@@ -10,8 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from internlm2.config import Config, ConfigError, DataConfig, TokenizerConfig
+from internlm2.config import Config, ConfigError, DataConfig
+from internlm2.config.start import initial_weights
 from internlm2.data.corpus import Corpus
+from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.prepare import prepare
 from internlm2.data.stream import TokenStream
 from internlm2.data.tokenizer import Tokenizer
@@ -20,7 +22,6 @@ from internlm2.engine.base import Engine, LossFunction
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
 from internlm2.model.transformer import CausalLM
-from internlm2.model.weights import open_weights
 from internlm2.ops.attention import describe_backend
 from internlm2.run.directory import RunDirectory
 from internlm2.run.metrics import Metrics
@@ -76,24 +77,6 @@ def open_stream(settings: DataConfig, corpus: Corpus, weights: dict[str, float],
     )
 
 
-def settle_tokenizer(config: Config) -> TokenizerConfig:
-    """`data.tokenizer`, with kind=inherit replaced by the file that came with the weights of `init_from`."""
-    settings = config.data.tokenizer
-    if settings.kind != "inherit":
-        return settings
-    source = handover.resolve(config)
-    folder = None if source is None else open_weights(source).tokenizer
-    if folder is None:
-        raise ConfigError(
-            f"data.tokenizer.kind=inherit: init_from={config.init_from} has no tokenizer beside its weights. "
-            "Name one with data.tokenizer.kind and data.tokenizer.path."
-        )
-    for kind, name in (("sentencepiece", "tokenizer.model"), ("huggingface", "tokenizer.json")):
-        if (folder / name).is_file():
-            return TokenizerConfig(kind, str(folder / name), None, settings.train_bytes, settings.aliases)
-    raise ConfigError(f"data.tokenizer.kind=inherit: {folder} holds neither tokenizer.model nor tokenizer.json.")
-
-
 def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory) -> CausalLM:
     """Random or inherited weights, in fp32 until the engine casts them; writes handover.json."""
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
@@ -101,7 +84,7 @@ def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, dire
         log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
     except ValueError as error:
         raise ConfigError(f"engine.attention={engine.attention}: {error}") from error
-    source = handover.resolve(config)
+    source = initial_weights(config)
     model = CausalLM.from_config(
         config.model,
         device=device,

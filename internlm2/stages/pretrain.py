@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from internlm2.config import Config
+from internlm2.config.start import initial_weights
 from internlm2.data.batch import PackedBatch
 from internlm2.engine.base import LossSum
 from internlm2.engine.build import build_engine, prepare_device
@@ -31,7 +32,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     data = load_data(config, directory, console)
     context = ContextLength(data.corpus, list(data.weights), data.length, config.validate.rows, directory)
-    source = handover.resolve(config)
+    source = initial_weights(config)
     if source is not None and config.validate.compare_with_init:
         handover.check(source, config, data.tokenizer)
         context.measure_start(source, device, dtype, config.engine.attention)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (report 4.1): ChatML conversations, loss on what the assistant says and on its end of turn.
 
 CPU         python train.py stage=sft model=tiny preset=demo
-real model  python train.py stage=sft model=smollm2_135m init_from=smollm2 adapter=lora train.steps=50
+real model  python train.py stage=sft model=smollm2_135m preset=demo init_from=smollm2 adapter=lora name=smollm2
 one GPU     python train.py stage=sft model=7b data=my_dialogs init_from=/path/to/internlm2-7b adapter=qlora
 """
 
