@@ -95,11 +95,15 @@ def test_product_against_float64(backend, bits, symmetric, act_bits, dtype, shap
     seed=st.integers(0, 2**20),
 )
 def test_product_agrees_with_twin(tokens, outputs, inputs, kind, act_bits, seed):
-    """Same rounding of weights and activations, so only the order of float32 sums differs."""
+    """The same codes for weights and activations, so only the order of float32 sums differs.
+
+    With int8 activations a code may also differ by one, where x * 127 / largest lies within float32's rounding of a tie
+    (the kernel's product may be fused): one such code in a row of 216 moves its result by 3e-4, truncation by 5e-3.
+    """
     weight = quantize_weight(normal(outputs, inputs, seed=seed), *kind)
     x = normal(tokens, inputs, seed=seed + 1)
     ours, twin = (quantized_linear(x, weight, act_bits, backend=name) for name in ("native", "reference"))
-    assert relative_error(ours, twin) < 2e-5
+    assert relative_error(ours, twin) < (2e-3 if act_bits == 8 else 2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
