@@ -129,6 +129,8 @@ def _check_data(config: Config) -> None:
     elif tokenizer.kind == "inherit":
         if config.init_from is None:
             raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")
+    elif tokenizer.kind == "toy":
+        return  # its file is written on the spot
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
     elif not Path(tokenizer.path).exists():
