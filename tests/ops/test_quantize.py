@@ -46,6 +46,13 @@ def test_frozen_model(mode, limit):
 def test_none_changes_nothing():
     model = Model()
     assert quantize_linears_(model, "none") is model
+
+
+def test_a_head_with_few_outputs_stays_as_it_is():
+    model = nn.ModuleDict({"body": Linear(64, 64, bias=False), "v_head": nn.Linear(64, 1, bias=False)})
+    quantize_linears_(model.requires_grad_(False), "w4")
+    assert isinstance(model["body"], QuantizedLinear)
+    assert isinstance(model["v_head"], nn.Linear)
     assert quantized_copy(model, "none") is model
     assert type(model.layers[0]) is Linear
     refresh_(model, model)
