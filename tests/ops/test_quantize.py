@@ -46,6 +46,9 @@ def test_frozen_model(mode, limit):
 def test_none_changes_nothing():
     model = Model()
     assert quantize_linears_(model, "none") is model
+    assert quantized_copy(model, "none") is model
+    assert type(model.layers[0]) is Linear
+    refresh_(model, model)
 
 
 def test_a_head_with_few_outputs_stays_as_it_is():
@@ -53,9 +56,6 @@ def test_a_head_with_few_outputs_stays_as_it_is():
     quantize_linears_(model.requires_grad_(False), "w4")
     assert isinstance(model["body"], QuantizedLinear)
     assert isinstance(model["v_head"], nn.Linear)
-    assert quantized_copy(model, "none") is model
-    assert type(model.layers[0]) is Linear
-    refresh_(model, model)
 
 
 def test_trained_weights_are_refused():
