@@ -101,7 +101,7 @@ def gold(answer: Answer) -> float:
 
 
 def asked(split: str) -> list[Answer]:
-    prompts = [toy.prompt(0, split, index) for index in range(150)]
+    prompts = [toy.prompt(0, split, index) for index in range(90)]
     return [Answer(turns, domain, "", 0, False, "") for turns, domain in prompts]
 
 
