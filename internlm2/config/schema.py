@@ -5,14 +5,11 @@ must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-
-def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
-    return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
+from internlm2.config.generation import FrozenConfig, GenerationConfig
+from internlm2.config.keys import key as _key
 
 
 @dataclass
@@ -270,3 +267,5 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
