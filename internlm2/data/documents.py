@@ -16,11 +16,6 @@ class Answer:
     turns: tuple[Message, ...]
     score: float
 
-    @property
-    def plain_text(self) -> str:
-        """All text in it."""
-        return "\n".join(turn.plain_text for turn in self.turns)
-
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -46,7 +41,8 @@ class Document:
         """All text in it, for a vocabulary to be learned from; None where only tokens are known."""
         if self.messages is None:
             return self.text
-        return "\n".join(part.plain_text for part in (*self.messages, *self.answers))
+        turns = (*self.messages, *(turn for answer in self.answers for turn in answer.turns))
+        return "\n".join(turn.plain_text for turn in turns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -170,7 +171,7 @@ class PreferencePairs:
 
 
 def _table_of(rows: list[tuple[int, int, float, int, int, int]]) -> PairTable:
-    columns = list(zip(*rows)) if rows else [[]] * 6
+    columns: list[Any] = list(zip(*rows)) if rows else [[]] * 6
     kinds = (np.int64, np.int64, np.float64, np.int64, np.int64, np.int64)
     return PairTable(*(np.array(column, kind) for column, kind in zip(columns, kinds)))
 

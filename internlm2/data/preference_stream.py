@@ -1,6 +1,6 @@
-"""Batches of preference pairs as a pure function of (seed, position): a position is a batch, that is an optimizer step.
+"""Batches of preference pairs as a pure function of (seed, position), which counts batches, that is optimizer steps.
 
-A batch holds whole records, as many as fit into a fixed number of tokens, without padding (16,384 in the report, 4.2.1).
+A batch holds whole records, as many as fit into a fixed number of tokens, without padding (16,384 in report 4.2.1).
 Each epoch has an order of its own; a source is passed through as often as its weight says, a fraction of a pass being a
 part that changes from epoch to epoch.
 """

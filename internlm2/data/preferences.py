@@ -1,7 +1,7 @@
 """Records of preferences -> a prompt and answers with scores, in the usual formats.
 
-    pair       {"prompt", "chosen", "rejected", "domain"?, "margin"?}; each side is a text, a turn or turns, or a list of
-               texts: every one that was chosen then stands above every one that was rejected
+    pair       {"prompt", "chosen", "rejected", "domain"?, "margin"?}; each side is a text, a turn or turns, or a list
+               of texts: every one that was chosen then stands above every one that was rejected
     dialogs    {"chosen", "rejected"} as whole conversations, which begin alike: lists of turns, or Anthropic's
                "\\n\\nHuman: ...\\n\\nAssistant: ..." text
     ranking    {"prompt", "ranked": [best, ..., worst]}, or {"prompt", "answers": [...], "ranks": [1, 2, ...]} (1: best)

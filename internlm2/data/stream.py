@@ -258,9 +258,7 @@ class TokenStream:
         return parts
 
 
-def refuse_changed(
-    saved: Mapping[str, Any], fingerprint: str, parts: Mapping[str, Any], on_change: str
-) -> list[str]:
+def refuse_changed(saved: Mapping[str, Any], fingerprint: str, parts: Mapping[str, Any], on_change: str) -> list[str]:
     """The names of the parts in which a saved state differs; ConfigError or, with on_change="accept", a warning."""
     if saved["fingerprint"] == fingerprint:
         return []
