@@ -66,9 +66,7 @@ def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, limit: fl
     return log_ratio.exp().clamp_max(limit)
 
 
-def value_loss(
-    values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None
-) -> Tensor:
+def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None) -> Tensor:
     """0.5 (V - return)^2 a token, [A]. The report does not clip it (report 4.2.3).
 
     clip  if given, the larger of that and 0.5 (old + clip(V - old, -clip, clip) - return)^2 with the values of the
