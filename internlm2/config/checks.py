@@ -23,7 +23,7 @@ def check(config: Config) -> None:
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
     if config.stage.kind == "ppo":
-        check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings)
+        check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
         _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
     if config.ppo is None or config.ppo.pretrain.coefficient > 0:

@@ -39,9 +39,6 @@ class RolloutConfig:
     top_k: int = _key(minimum=0)
     max_prompt_tokens: int = _key(minimum=1)
     max_new_tokens: int = _key(minimum=1)
-    quantize: str = _key(choices=("none", "w8", "w4"))
-    max_rows: int = _key(minimum=1)
-    kv_tokens: int = _key(minimum=64)
 
 
 @dataclass
@@ -127,7 +124,6 @@ class PPOConfig:
     minibatches: int = _key(minimum=1)
     micro_batch_tokens: int = _key(minimum=1)
     old_logprobs: str = _key(choices=("recomputed", "sampler"))
-    frozen_quantize: str = _key(choices=("none", "w8", "w4"))
     keep_rollouts_every: int | None = _key(minimum=1)
     check_memory: bool = MISSING
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -153,8 +149,10 @@ class PPOConfig:
         return self.estimator == "gae"
 
 
-def check_ppo(ppo: PPOConfig | None, prompts: PromptsConfig | None, max_position_embeddings: int) -> None:
-    """Rules between the keys of stage=ppo. Raises ConfigError."""
+def check_ppo(
+    ppo: PPOConfig | None, prompts: PromptsConfig | None, max_position_embeddings: int, quantize: str
+) -> None:
+    """Rules between the keys of stage=ppo; `quantize` is that of the sampler. Raises ConfigError."""
     if ppo is None:
         raise ConfigError("stage.kind=ppo needs the group ppo: start from conf/stage/ppo.yaml.")
     if prompts is None or not prompts.sources:
@@ -171,9 +169,9 @@ def check_ppo(ppo: PPOConfig | None, prompts: PromptsConfig | None, max_position
             f"{rollout.max_new_tokens} exceed model.max_position_embeddings={max_position_embeddings}: "
             f"use ppo.rollout.max_new_tokens={max(1, max_position_embeddings - rollout.max_prompt_tokens)}."
         )
-    if rollout.quantize != "none" and ppo.correction.weights == "none":
+    if quantize != "none" and ppo.correction.weights == "none":
         raise ConfigError(
-            f"ppo.rollout.quantize={rollout.quantize} samples from a rounded policy: "
+            f"generation.quantize={quantize} samples from a rounded policy: "
             "set ppo.correction.weights=truncated, which corrects for that."
         )
     if ppo.minibatches > ppo.rows:

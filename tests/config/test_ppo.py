@@ -44,7 +44,7 @@ RULE = ["ppo.reward.kind=rule", "ppo.reward.rule=final_number", "ppo.critic.init
         (["ppo.reward.kind=rule"], "ppo.reward.rule"),
         (RULE[:2], "ppo.critic.init=reward"),
         (["ppo.reward.model=null"], "ppo.reward.model"),
-        (["ppo.rollout.quantize=w8"], "correction.weights=truncated"),
+        (["generation.quantize=w8"], "correction.weights=truncated"),
         (["ppo.rollout.max_new_tokens=5000"], "max_new_tokens=3072"),
         (["ppo.minibatches=1000"], "512 answers"),
         (["ppo.reward.length_buffer=2000"], "length_buffer"),
