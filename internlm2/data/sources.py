@@ -147,9 +147,9 @@ def check_sources(config: DataConfig) -> None:
     elif tokenizer.kind in ("inherit", "toy"):
         return  # the stage puts the file of the inherited weights in its place, or writes the one of the toy language
     elif tokenizer.path is None:
-        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path")
+        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file")
     elif not Path(tokenizer.path).expanduser().exists():
-        raise ConfigError(f"data.tokenizer.path: there is no {tokenizer.path}")
+        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file or folder")
 
 
 def check_weights(weights, sources, key: str) -> None:
