@@ -60,12 +60,13 @@ class ModelConfig:
 
 @dataclass
 class TokenizerConfig:
-    """Where token ids come from: trained in the run, a SentencePiece model, or a Hugging Face tokenizer.json.
+    """Where token ids come from: trained in the run, a SentencePiece model, a Hugging Face tokenizer.json, or the words
+    of the toy language.
 
     `aliases` gives a marker such as `<|reward|>` a spare piece of a vocabulary that has none for it.
     """
 
-    kind: str = _key(choices=("train", "inherit", "sentencepiece", "huggingface"))
+    kind: str = _key(choices=("train", "inherit", "sentencepiece", "huggingface", "toy"))
     path: str | None = MISSING
     vocab_size: int | None = _key(minimum=300)
     train_bytes: int = _key(minimum=1)
@@ -74,13 +75,13 @@ class TokenizerConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib and package, `field` to kind=jsonl and parquet, `format`
-    to kind=conversations.
+    """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
+    `format` to kind=conversations.
     """
 
     kind: str = field(
         default=MISSING,
-        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package")},
+        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package", "toy")},
     )
     path: str | None = None
     part: str | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from internlm2.config import ConfigError, DataConfig
+from internlm2.data import toy_tokenizer
 from internlm2.data.cache import build_once
 from internlm2.data.corpus import Corpus
 from internlm2.data.documents import BadRecord
@@ -70,6 +71,8 @@ def make_tokenizer(
         return SentencePieceTokenizer(Path(str(settings.path)).expanduser(), aliases)
     if settings.kind == "huggingface":
         return HuggingFaceTokenizer(Path(str(settings.path)).expanduser(), aliases)
+    if settings.kind == "toy":
+        return _toy_tokenizer(cache_dir, aliases)
     size = settings.vocab_size
     if size is None:
         raise ConfigError("data.tokenizer.kind=train needs data.tokenizer.vocab_size")
@@ -85,6 +88,14 @@ def make_tokenizer(
 
     build_once(folder, lambda folder: (folder / "tokenizer.model").is_file(), build)
     return SentencePieceTokenizer(folder / "tokenizer.model", aliases)
+
+
+def _toy_tokenizer(cache_dir: Path, aliases: dict[str, str]) -> Tokenizer:
+    """The tokenizer of the toy language, written once for each version of its words."""
+    words = hashlib.sha256("\0".join(toy_tokenizer.vocabulary()).encode()).hexdigest()[:16]
+    folder = cache_dir / "tokenizers" / f"toy-{words}"
+    build_once(folder, lambda folder: (folder / "tokenizer.json").is_file(), toy_tokenizer.write_tokenizer)
+    return HuggingFaceTokenizer(folder, aliases)
 
 
 def sample_texts(sources: list[Source], limit: int, validation_fraction: float) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm2.config import ConfigError, DataConfig, SourceConfig
-from internlm2.data import dialog_packages, docstring_questions, record_files, stdlib_corpus
+from internlm2.data import dialog_packages, docstring_questions, record_files, stdlib_corpus, toy_language
 from internlm2.data.chat import FORMAT as CHAT_FORMAT
 from internlm2.data.conversations import ConversationReader
 from internlm2.data.documents import Document, MemoryUnit, Unit
@@ -29,6 +29,7 @@ MADE = {
         **dict.fromkeys(docstring_questions.PARTS, docstring_questions),
     },
     "package": dict.fromkeys(dialog_packages.PARTS, dialog_packages),
+    "toy": dict.fromkeys(toy_language.PARTS, toy_language),
 }
 # Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they
 # are the same.
@@ -98,7 +99,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
         folder = MADE[config.kind][config.part].folder(config.part)
         return Source(name, config.kind, config.part, config.field, (), folder)
     if config.kind not in SUFFIXES:
-        raise ConfigError(f"{key}.kind={config.kind}: must be stdlib, {', '.join(SUFFIXES)} or package")
+        raise ConfigError(f"{key}.kind={config.kind}: must be one of {', '.join((*SUFFIXES, *MADE))}")
     if config.path is None:
         raise ConfigError(f"{key}: kind={config.kind} needs path: a file, a folder or a pattern such as /data/*.jsonl")
     files, base = _find_files(key, config.path, config.kind)
@@ -127,8 +128,8 @@ def check_sources(config: DataConfig) -> None:
             raise ConfigError(
                 "data.tokenizer.kind=train needs text, and every source holds tokens: give the tokenizer that made them"
             )
-    elif tokenizer.kind == "inherit":
-        return  # the stage puts the file of the inherited weights in its place
+    elif tokenizer.kind in ("inherit", "toy"):
+        return  # the stage puts the file of the inherited weights in its place, or writes the one of the toy language
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path")
     elif not Path(tokenizer.path).expanduser().exists():

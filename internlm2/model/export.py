@@ -20,7 +20,15 @@ from torch import Tensor
 from internlm2.config import ConfigError, ModelConfig
 from internlm2.model import huggingface
 from internlm2.model.config_json import write_config
-from internlm2.model.layouts import EMBEDDING, OUTPUT, REWARD_HEAD, llama_shapes, official_shapes, split_wqkv
+from internlm2.model.layouts import (
+    EMBEDDING,
+    OUTPUT,
+    REWARD_HEAD,
+    llama_shapes,
+    official_shapes,
+    reward_shapes,
+    split_wqkv,
+)
 from internlm2.model.safetensors_files import PlannedTensor, SafetensorsWriter
 from internlm2.model.tokenizer_export import TokenizerFacts, export_tokenizer
 from internlm2.model.weights import Weights
@@ -201,7 +209,7 @@ def write_tensors(
     for name, dtype in dtypes.items():
         shapes = {name: _shape(config, name)} if layout == "internlm2" else llama_shapes(config, name)
         plan[name] = [PlannedTensor(part, shape, dtype) for part, shape in shapes.items()]
-    if layout == "internlm2" and config.tie_embeddings:
+    if layout == "internlm2" and config.tie_embeddings and REWARD_HEAD not in dtypes:
         # llama.cpp and others know no InternLM2 without an output matrix: a tied one repeats the embedding.
         embedding = plan[EMBEDDING][0]
         plan[EMBEDDING].append(PlannedTensor(OUTPUT, embedding.shape, embedding.dtype))
@@ -231,7 +239,7 @@ def write_tensors(
 
 
 def _shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    return (1, config.hidden_size) if name == REWARD_HEAD else official_shapes(config)[name]
+    return {**official_shapes(config), **reward_shapes(config)}[name]
 
 
 def _shards(plan: Mapping[str, list[PlannedTensor]], limit: int) -> list[list[str]]:

@@ -45,6 +45,12 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def reward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a reward model: the backbone, and a head of one output instead of the output matrix."""
+    shapes = {name: shape for name, shape in official_shapes(config).items() if name != OUTPUT}
+    return {**shapes, REWARD_HEAD: (1, config.hidden_size)}
+
+
 def llama_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     """The Llama tensors that hold the official tensor `name`, with their shapes: three for wqkv, else one."""
     if name in _WHOLE:

@@ -3,9 +3,10 @@
 Every source gives official names, checked for names and shapes before any data is read, and one tensor at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from internlm2.config import ConfigError, ModelConfig
 from internlm2.model import fragments, smollm2
 from internlm2.model.config_json import read_config
-from internlm2.model.layouts import EMBEDDING, OUTPUT, REWARD_HEAD, fuse_wqkv, llama_shapes, official_shapes
+from internlm2.model.layouts import (
+    EMBEDDING,
+    OUTPUT,
+    REWARD_HEAD,
+    fuse_wqkv,
+    llama_shapes,
+    official_shapes,
+    reward_shapes,
+)
 from internlm2.model.safetensors_files import StoredTensor, read_folder
 from internlm2.model.transformer import CausalLM
 
@@ -79,12 +88,12 @@ def open_weights(path: str | Path) -> Weights:
     return _checkpoint_weights(folder)
 
 
-def model_weights(model: CausalLM, tokenizer: Path | None = None) -> Weights:
-    """The weights of a model in memory."""
-    parameters = dict(model.state_dict())
-    names = [name for name in official_shapes(model.config) if name in parameters]
+def model_weights(model: nn.Module, tokenizer: Path | None = None) -> Weights:
+    """The weights of a CausalLM or ScalarModel in memory."""
+    parameters, config = dict(model.state_dict()), cast(ModelConfig, model.config)
+    names = [name for name in _expected(config, parameters) if name in parameters]
     dtypes = {name: parameters[name].dtype for name in names}
-    return Weights("model", None, model.config, dtypes, lambda name: parameters[name].detach(), tokenizer)
+    return Weights("model", None, config, dtypes, lambda name: parameters[name].detach(), tokenizer)
 
 
 def load_model(
@@ -169,11 +178,12 @@ def _folder_weights(folder: Path) -> Weights:
     return Weights(layout, folder, config, dtypes, read, _tokenizer_folder(folder))
 
 
+def _expected(config: ModelConfig, found: Collection[str]) -> dict[str, tuple[int, ...]]:
+    return reward_shapes(config) if REWARD_HEAD in found else official_shapes(config)
+
+
 def _official(config: ModelConfig, stored: dict[str, StoredTensor], folder: Path):
-    expected = official_shapes(config)
-    if REWARD_HEAD in stored:  # the released reward models: a backbone and a value head instead of the output matrix
-        expected.pop(OUTPUT, None)
-        expected[REWARD_HEAD] = (1, config.hidden_size)
+    expected = _expected(config, stored)
     if config.tie_embeddings:
         _drop_tied(stored, EMBEDDING, OUTPUT)
     _check({name: tensor.shape for name, tensor in stored.items()}, expected, _place(stored, folder))
@@ -222,7 +232,8 @@ def _gguf_weights(path: Path) -> Weights:
 
 def _checkpoint_weights(folder: Path) -> Weights:
     checkpoint = fragments.open_checkpoint(folder)
-    _check(checkpoint.shapes, official_shapes(checkpoint.config), lambda name: str(checkpoint.path))
-    dtypes = dict.fromkeys(official_shapes(checkpoint.config), torch.float32)
+    expected = _expected(checkpoint.config, checkpoint.shapes)
+    _check(checkpoint.shapes, expected, lambda name: str(checkpoint.path))
+    dtypes = dict.fromkeys(expected, torch.float32)
     tokenizer = _tokenizer_folder(checkpoint.run / "tokenizer")
     return Weights("checkpoint", checkpoint.path, checkpoint.config, dtypes, checkpoint.read, tokenizer)

@@ -45,7 +45,7 @@ def test_good_config_passes(tmp_path):
         (lambda p: SourceConfig(kind="jsonl", path=str(p / "empty.jsonl")), "is empty"),
         (lambda p: SourceConfig(kind="jsonl", path=None), "kind=jsonl needs path"),
         (lambda p: SourceConfig(kind="stdlib"), "kind=stdlib needs part"),
-        (lambda p: SourceConfig(kind="csv", path=str(p)), r"kind=csv: must be stdlib, jsonl, parquet"),
+        (lambda p: SourceConfig(kind="csv", path=str(p)), r"kind=csv: must be one of jsonl, parquet"),
     ],
 )
 def test_unreadable_sources(tmp_path, make, message):

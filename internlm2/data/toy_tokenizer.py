@@ -1,0 +1,40 @@
+"""The vocabulary of the toy language as an ordinary tokenizer.json: one token a word, with and without a space before
+it, so that text and ids are exactly invertible.
+"""
+
+import json
+from pathlib import Path
+
+from internlm2.data.chat import ROLES
+from internlm2.data.tokenizer import MARKERS, SPACE_SYMBOL
+from internlm2.data.toy_language import WORDS
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+CONTROL = (UNKNOWN, BEGIN, END)
+
+
+def vocabulary() -> list[str]:
+    """All pieces in the order of their ids; the markers last, as in the official vocabulary."""
+    plain = ["\n", *ROLES, *WORDS]
+    return [*CONTROL, *plain, *(SPACE_SYMBOL + word for word in WORDS), *MARKERS]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = vocabulary()
+    tokenizer = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(SPACE_SYMBOL, prepend_scheme="never", split=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SYMBOL, " "), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in (*CONTROL, *MARKERS)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
+    settings = json.dumps(names | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1)
+    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
