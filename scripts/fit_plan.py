@@ -47,8 +47,8 @@ def table(runs: list[PublishedRun], coefficients: object, rows: bool) -> None:
     for run in runs if rows else []:
         layout = run.layout
         print(
-            f"{run.source:15}{run.network.name:12}{run.hardware.name:8}{layout.gpus:5} GPUs {layout.seq_len:6} tokens x "
-            f"{layout.micro_batch} x {layout.accumulation} tp {layout.tensor_parallel} shard {layout.shard:4} "
+            f"{run.source:15}{run.network.name:12}{run.hardware.name:8}{layout.gpus:5} GPUs {layout.seq_len:6} "
+            f"tokens x {layout.micro_batch} x {layout.accumulation} tp {layout.tensor_parallel} shard {layout.shard:4} "
             f"{layout.recompute:9}{run.tokens_per_second:9.0f} {100 * math.expm1(run.error(coefficients)):+6.1f}%"
         )
 

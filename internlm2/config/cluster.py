@@ -19,8 +19,8 @@ class ClusterConfig:
     gpus_per_node: int = _key(minimum=1)
     family: str = _key(choices=("a100", "h100"))
     peak_tflops: float = _key(minimum=0.1)
-    memory_GiB: float = _key(minimum=0.1)  # noqa: N815 (units keep their spelling)
-    memory_TBps: float = _key(minimum=0.001)  # noqa: N815
-    link_GBps: float = _key(minimum=0.1)  # noqa: N815
-    node_GBps: float = _key(minimum=0.1)  # noqa: N815
+    memory_GiB: float = _key(minimum=0.1)
+    memory_TBps: float = _key(minimum=0.001)
+    link_GBps: float = _key(minimum=0.1)
+    node_GBps: float = _key(minimum=0.1)
     time_factor: float = _key(minimum=0.05, maximum=20.0)

@@ -28,7 +28,9 @@ def fit(runs: Sequence[PublishedRun], iterations: int = 60) -> Coefficients:
     cost = _cost(runs, point, centre, doubts)
     for _ in range(iterations):
         residuals = _residuals(runs, point)
-        slopes = np.stack([(_residuals(runs, point + step) - residuals) / 1e-4 for step in 1e-4 * np.eye(len(point))], 1)
+        slopes = np.stack(
+            [(_residuals(runs, point + step) - residuals) / 1e-4 for step in 1e-4 * np.eye(len(point))], 1
+        )
         weights = (FREEDOM + 1) / (FREEDOM + (residuals / SPREAD) ** 2) / SPREAD**2
         curvature = (slopes.T * weights) @ slopes + np.diag(1 / doubts**2)
         downhill = -(slopes.T * weights) @ residuals - (point - centre) / doubts**2

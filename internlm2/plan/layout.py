@@ -56,12 +56,14 @@ class Practice:
                        one all-gather
     loss_passes        passes over the logits relative to an unfused fp32 cross entropy
     elementwise        elementwise passes relative to eager kernels; torch.compile fuses many of them
+    reduce_bytes       bytes of an element of a gradient on the wire
     """
 
     attention_speed: float = 1.0
     broadcast_update: bool = False
     loss_passes: float = 1.0
     elementwise: float = 1.0
+    reduce_bytes: int = 2
 
 
 OURS = Practice(attention_speed=1.7)

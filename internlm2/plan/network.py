@@ -73,7 +73,7 @@ class Network:
         return shared + self.qkv_width + 2 * self.intermediate
 
     def flops(self, tokens: float, seq_len: int) -> float:
-        """Model FLOPs of forward and backward over `tokens` tokens in sequences of `seq_len`; recomputation not counted.
+        """Model FLOPs of forward and backward over `tokens` tokens in sequences of `seq_len`, without recomputation.
 
         6 for each weight of a matrix product (the output head included, the embedding not) and token; causal attention
         sees half of each sequence.

@@ -13,7 +13,9 @@ from internlm2.plan.memory import Buffers, Memory, activations, layer_peak, loss
 from internlm2.plan.network import Network
 from internlm2.plan.speed import BF16, SpeedModel, StepTime
 
-STREAM = 0.6  # share of the memory bandwidth that decoding reaches; see benchmarks of the published DeepSpeed-Chat times
+STREAM = (
+    0.6  # share of the memory bandwidth that decoding reaches; see benchmarks of the published DeepSpeed-Chat times
+)
 DECODE_LAUNCH = 60e-6  # seconds a layer and token: kernels too small to fill the GPU
 EXCHANGE = 30e-6  # seconds of a small all-reduce inside a node, where a model is split for generation
 
@@ -206,6 +208,4 @@ class PPOPlanner:
     def actor_step(self, layout: Layout) -> StepTime:
         """The actor's step; the pre-training text makes its batch longer."""
         share = 1 + self.work.pretrain_tokens / self.work.tokens
-        return self.speed.step(
-            self.work.actor, replace(layout, accumulation=ceil(layout.accumulation * share))
-        )
+        return self.speed.step(self.work.actor, replace(layout, accumulation=ceil(layout.accumulation * share)))

@@ -28,9 +28,7 @@ RECOMPUTE = {"0": "none", "1": "full", "2": "selective"}
 
 
 def _mpt(name: str, hidden: int, layers: int, heads: int) -> Network:
-    return Network(
-        name, hidden, layers, heads, heads, hidden // heads, 4 * hidden, 50_368, gated=False, tied=True
-    )
+    return Network(name, hidden, layers, heads, heads, hidden // heads, 4 * hidden, 50_368, gated=False, tied=True)
 
 
 NETWORKS = {
@@ -50,8 +48,9 @@ NETWORKS = {
         _mpt("mpt-70b", 8192, 80, 64),
     )
 }
-# family, peak TFLOP/s, memory TB/s, memory GiB, link GB/s of one direction (NVIDIA data sheets). torchtitan's H100 were
-# limited to 500 W of 700 and had HBM2e at 2.4 TB/s (its benchmark page): arithmetic is taken at the square root of that.
+# family, peak TFLOP/s, memory TB/s, memory GiB, link GB/s of one direction (NVIDIA data sheets). torchtitan's H100
+# were limited to 500 W of 700 and had HBM2e at 2.4 TB/s (its benchmark page): arithmetic
+# is taken at the square root of that.
 GPUS = {
     "a100-40": ("a100", 312.0, 1.555, 40.0, 300.0),
     "a100-80": ("a100", 312.0, 2.039, 80.0, 300.0),
@@ -121,9 +120,7 @@ def _run(row: dict[str, str]) -> PublishedRun:
         tensor_parallel=int(row["tp"]),
         recompute=RECOMPUTE[row["ckpt"]],
     )
-    return PublishedRun(
-        row["src"], NETWORKS[row["model"]], hardware, layout, practice(row["src"]), float(row["tgs"])
-    )
+    return PublishedRun(row["src"], NETWORKS[row["model"]], hardware, layout, practice(row["src"]), float(row["tgs"]))
 
 
 def practice(source: str) -> Practice:

@@ -71,9 +71,7 @@ class Planner:
         """Every setting that this package can run."""
         near = self.hardware.gpus_per_node
         rows = self.work.rows
-        degrees = [
-            n for n in range(1, min(gpus, near) + 1) if gpus % n == 0 and self.work.network.kv_heads % n == 0
-        ]
+        degrees = [n for n in range(1, min(gpus, near) + 1) if gpus % n == 0 and self.work.network.kv_heads % n == 0]
         stages = (0,) if gpus == 1 and not offload else (1, 2, 3)
         for sequence in degrees:
             if rows * sequence < gpus:

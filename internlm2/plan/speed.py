@@ -15,7 +15,9 @@ from internlm2.plan.network import Network
 BF16 = 2
 FP32 = 4
 HOST_BANDWIDTH = 20e9  # bytes/s of host memory and PCIe that one of a node's eight GPUs gets: assumed, not fitted
-OPTIMIZER_BYTES = 30  # AdamW reads gradient, master and moments and writes master, moments and bf16 weight: 4 * 4 + 4 * 3 + 2
+OPTIMIZER_BYTES = (
+    30  # AdamW reads gradient, master and moments and writes master, moments and bf16 weight: 4 * 4 + 4 * 3 + 2
+)
 OPTIMIZER_PASSES = 3  # multi-tensor kernels go over them several times (unscale, norm, clip, update)
 BACKWARD_ATTENTION = 2.5  # FLOPs of attention's backward over its forward: five products instead of two
 
@@ -59,9 +61,7 @@ class SpeedModel:
         self.c, self.hardware, self.practice = coefficients, hardware, practice
         self.flops = hardware.peak_flops * getattr(coefficients, f"products_{hardware.family}")
         self.attention_flops = (
-            hardware.peak_flops
-            * getattr(coefficients, f"attention_{hardware.family}")
-            * practice.attention_speed
+            hardware.peak_flops * getattr(coefficients, f"attention_{hardware.family}") * practice.attention_speed
         )
 
     def step(self, network: Network, layout: Layout) -> StepTime:
@@ -71,9 +71,7 @@ class SpeedModel:
         again = c.recompute * (1.0 if layout.recompute == "full" else SELECTIVE) if layout.recompute != "none" else 0.0
         forward = layers * one.layers
         backward = layers * (
-            2 * (one.products + one.elementwise + one.launch)
-            + BACKWARD_ATTENTION * one.attention
-            + one.exchange
+            2 * (one.products + one.elementwise + one.launch) + BACKWARD_ATTENTION * one.attention + one.exchange
         )
         recompute = again * forward
         shown = self.exposed(network, layout, forward, backward + recompute)
@@ -138,8 +136,9 @@ class SpeedModel:
     def exposed(self, network: Network, layout: Layout, forward: float, backward: float) -> float:
         """Seconds of gradient and weight traffic that computation does not hide, over the whole step.
 
-        ZeRO-3 gathers the weights in every pass and scatters gradients in every backward; ZeRO-1 and 2 reduce once
-        a step, under the last backward, and gather the updated weights after it.
+        ZeRO-3 gathers the weights in every pass and scatters gradients in every backward. ZeRO-1 reduces once a step,
+        under the last backward, ZeRO-2 in every backward, since it keeps no whole gradient; both gather the updated
+        weights after it.
         """
         c = self.c
         if layout.zero == 3:
@@ -147,15 +146,17 @@ class SpeedModel:
             return layout.accumulation * (
                 hidden(forward, gather, c.exposed_gather) + hidden(backward, gather + scatter, c.exposed_gather)
             )
-        reduction = self.reduction_seconds(network, layout)
-        return hidden(backward, reduction, c.exposed_reduce) + self.redistribution_seconds(network, layout)
+        reductions = layout.accumulation if layout.zero == 2 else 1
+        shown = hidden(backward, self.reduction_seconds(network, layout), c.exposed_reduce)
+        return reductions * shown + self.redistribution_seconds(network, layout)
 
     def gather_seconds(self, network: Network, layout: Layout) -> tuple[float, float]:
         """ZeRO-3: one gathering of all weights, and one reduce-scatter of all gradients."""
-        ranks, tp, size = layout.reducing, layout.tensor_parallel, BF16 * network.parameters / layout.tensor_parallel
+        ranks, tp, size = layout.reducing, layout.tensor_parallel, network.parameters / layout.tensor_parallel
         near = layout.gather or ranks
-        gather = size * (near - 1) / near / self.bandwidth(near, tp) + network.layers * self.c.hop * near
-        scatter = size * (ranks - 1) / ranks / self.bandwidth(ranks, tp) + network.layers * self.c.hop * ranks
+        gather = BF16 * size * (near - 1) / near / self.bandwidth(near, tp) + network.layers * self.c.hop * near
+        sent = self.practice.reduce_bytes * size * (ranks - 1) / ranks
+        scatter = sent / self.bandwidth(ranks, tp) + network.layers * self.c.hop * ranks
         return gather, scatter
 
     def reduction_seconds(self, network: Network, layout: Layout) -> float:
@@ -163,7 +164,7 @@ class SpeedModel:
         ranks, tp = layout.reducing, layout.tensor_parallel
         if ranks == 1:
             return 0.0
-        size = BF16 * network.parameters / tp
+        size = self.practice.reduce_bytes * network.parameters / tp
         latency = network.layers * 8 * self.c.hop * math.log2(ranks)
         return 2 * size * (ranks - 1) / ranks / self.bandwidth(ranks, tp) + latency
 

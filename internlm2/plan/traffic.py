@@ -37,7 +37,8 @@ def traffic(network: Network, layout: Layout, hardware: Hardware, reduce_bytes: 
         add("weights", 2 * passes * weights, layout.gather or ranks)
         add("gradients", passes * gradients, ranks)
     else:
-        add("gradients", 2 * gradients, ranks)  # an all-reduce: every byte passes twice
+        reductions = passes if layout.zero == 2 else 1
+        add("gradients", 2 * reductions * gradients, ranks)  # an all-reduce: every byte passes twice
         add("weights", weights if layout.zero else 0.0, layout.shard)
     if layout.sequence > 1:
         tokens = passes * layout.tokens_per_pass / layout.sequence
