@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from internlm2.config.errors import ConfigError
-from internlm2.config.schema import Config, ModelConfig
+from internlm2.config.ppo import check_ppo
+from internlm2.config.schema import Config, ModelConfig, OptimConfig
 
 
 def check(config: Config) -> None:
@@ -20,8 +21,14 @@ def check(config: Config) -> None:
         return
     check_model(config.model)
     _check_lengths(config)
-    _check_schedule(config)
-    _check_data(config)
+    _check_schedule(config.optim, "optim")
+    if config.stage.kind == "ppo":
+        check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
+        assert config.ppo is not None
+        _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
+    if config.ppo is None or config.ppo.pretrain.coefficient > 0:
+        _check_mixture(config)
+    _check_tokenizer(config)
     if config.stage.previous is None and config.init_from == "previous":
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
@@ -89,18 +96,17 @@ def _check_lengths(config: Config) -> None:
         raise ConfigError("The length of the stage is missing: give train.steps, train.tokens or train.epochs.")
 
 
-def _check_schedule(config: Config) -> None:
-    optim = config.optim
+def _check_schedule(optim: OptimConfig, group: str) -> None:
     if optim.schedule_start >= optim.schedule_end:
         raise ConfigError(
-            f"optim.schedule_start={optim.schedule_start} must be below optim.schedule_end={optim.schedule_end}."
+            f"{group}.schedule_start={optim.schedule_start} must be below {group}.schedule_end={optim.schedule_end}."
         )
     for key in ("beta1", "beta2"):
         if getattr(optim, key) >= 1.0:
-            raise ConfigError(f"optim.{key}={getattr(optim, key)} must be below 1.")
+            raise ConfigError(f"{group}.{key}={getattr(optim, key)} must be below 1.")
 
 
-def _check_data(config: Config) -> None:
+def _check_mixture(config: Config) -> None:
     data, stage = config.data, config.stage.name
     if stage not in data.weights:
         raise ConfigError(
@@ -119,7 +125,10 @@ def _check_data(config: Config) -> None:
         raise ConfigError(f"data.weights.{stage}: all weights are 0; give at least one source a positive weight.")
     if data.length_buckets and not sum(bucket.weight for bucket in data.length_buckets) > 0:
         raise ConfigError("data.length_buckets: all weights are 0.")
-    tokenizer = data.tokenizer
+
+
+def _check_tokenizer(config: Config) -> None:
+    tokenizer = config.data.tokenizer
     if tokenizer.kind == "train":
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
@@ -129,6 +138,8 @@ def _check_data(config: Config) -> None:
     elif tokenizer.kind == "inherit":
         if config.init_from is None:
             raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")
+    elif tokenizer.kind == "toy":
+        return  # its file is written on the spot
     elif tokenizer.path is None:
         raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
     elif not Path(tokenizer.path).exists():

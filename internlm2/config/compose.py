@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from hydra import compose
@@ -117,8 +117,9 @@ def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
     keys, hints = [], get_type_hints(schema)
     for item in fields(schema):
         keys.append(prefix + item.name)
-        if is_dataclass(hints[item.name]):
-            keys += known_keys(hints[item.name], f"{prefix}{item.name}.")
+        for hint in get_args(hints[item.name]) or (hints[item.name],):  # PPOConfig | None holds a group, too
+            if is_dataclass(hint):
+                keys += known_keys(hint, f"{prefix}{item.name}.")
     return keys
 
 

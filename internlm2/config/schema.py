@@ -5,14 +5,13 @@ must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-
-def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
-    return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
+from internlm2.config.generation import FrozenConfig, GenerationConfig
+from internlm2.config.keys import key as _key
+from internlm2.config.optim import OptimConfig
+from internlm2.config.ppo import PPOConfig, PromptsConfig
 
 
 @dataclass
@@ -131,24 +130,6 @@ class AdapterConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = _key(minimum=0.0)
-    min_lr_ratio: float = _key(minimum=0.0, maximum=1.0)
-    schedule: str = _key(choices=("cosine", "linear", "constant"))
-    schedule_start: float = _key(minimum=0.0, maximum=1.0)
-    schedule_end: float = _key(minimum=0.0, maximum=1.0)
-    warmup_ratio: float = _key(minimum=0.0, maximum=1.0)
-    beta1: float = _key(minimum=0.0, maximum=1.0)
-    beta2: float = _key(minimum=0.0, maximum=1.0)
-    eps: float = _key(minimum=0.0)
-    weight_decay: float = _key(minimum=0.0)
-    decay_embeddings: bool = MISSING
-    clip_grad_norm: float = _key(minimum=0.0)
-
-
-@dataclass
 class EngineConfig:
     """How one training step runs on the hardware."""
 
@@ -235,7 +216,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "ppo", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -259,3 +240,8 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    # Of stage=ppo alone; null elsewhere.
+    prompts: PromptsConfig | None = None
+    ppo: PPOConfig | None = None

@@ -21,6 +21,7 @@ from internlm2.data.usage import usage_table
 from internlm2.engine.base import Engine, LossFunction
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
+from internlm2.generation.build import describe_generation
 from internlm2.model.transformer import CausalLM
 from internlm2.ops.attention import describe_backend
 from internlm2.run.directory import RunDirectory
@@ -82,6 +83,7 @@ def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, dire
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
     try:
         log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
+        log.info(describe_generation(config.generation, device))
     except ValueError as error:
         raise ConfigError(f"engine.attention={engine.attention}: {error}") from error
     source = initial_weights(config)

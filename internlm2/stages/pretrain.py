@@ -46,7 +46,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         return stop.exit_code
 
     context.measure_end(model, config.stage.name)
-    write_completions(model, data.tokenizer, config.run, config.seed, directory, engine.step)
+    write_completions(model, data.tokenizer, config.run, config.generation, config.seed, directory, engine.step)
     if config.checkpoint.export:
         written = export_weights(open_weights(directory.path), directory.export, dtype=dtype, overwrite=True)
         log.info("exported to %s (official InternLM2 layout, %s)", written.folder, config.engine.dtype)
