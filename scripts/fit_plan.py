@@ -14,6 +14,7 @@ from pathlib import Path
 from internlm2.plan.coefficients import FITTED, fitted
 from internlm2.plan.fitting import fit, judge
 from internlm2.plan.published import Errors, PublishedRun, errors, read_runs
+from internlm2.plan.published_ppo import judge_ppo
 
 
 def main() -> None:
@@ -31,10 +32,15 @@ def main() -> None:
     if options.judge:
         return
     record = judge(runs, seeds=range(8))
+    factor, ppo = judge_ppo(coefficients)
+    record["ppo"] = asdict(ppo)
     print(json.dumps(record, indent=1))
     if options.write:
         values = {name: float(f"{value:.5g}") for name, value in asdict(coefficients).items()}
-        FITTED.write_text(json.dumps({"coefficients": values, "errors": _short(record)}, indent=1) + "\n")
+        FITTED.write_text(
+            json.dumps({"coefficients": values, "ppo_factor": round(factor, 4), "errors": _short(record)}, indent=1)
+            + "\n"
+        )
         print(f"written to {FITTED}")
 
 

@@ -16,7 +16,7 @@ def _open(guess: float, doubt: float) -> Any:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Sixteen numbers. They are not independent facts about hardware: several fits of equal quality exist."""
+    """Seventeen numbers. They are not independent facts about hardware: several fits of equal quality exist."""
 
     products_a100: float = _open(0.80, 0.10)  # share of peak FLOP/s that large matrix products reach
     products_h100: float = _open(0.65, 0.15)
@@ -46,9 +46,13 @@ DOUBTS = {item.name: float(item.metadata["doubt"]) for item in fields(Coefficien
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted coefficients and how far off they were on rows that the fit had not seen (see scripts/fit_plan.py)."""
+    """Fitted coefficients, and how far off they were on rows that the fit had not seen (see scripts/fit_plan.py).
+
+    `ppo_factor`: time of a PPO iteration over the sum of its phases, from the published runs.
+    """
 
     coefficients: Coefficients
+    ppo_factor: float
     errors: dict[str, Any]
 
 
@@ -56,4 +60,4 @@ class Fit:
 def fitted() -> Fit:
     """What scripts/fit_plan.py wrote."""
     stored = json.loads(FITTED.read_text(encoding="utf-8"))
-    return Fit(Coefficients(**stored["coefficients"]), stored["errors"])
+    return Fit(Coefficients(**stored["coefficients"]), stored["ppo_factor"], stored["errors"])

@@ -8,7 +8,7 @@ from internlm2.plan.hardware import Hardware
 from internlm2.plan.layout import OURS
 from internlm2.plan.search import Candidate, Planner
 from internlm2.plan.speed import SpeedModel
-from internlm2.plan.work import Work, buffers, configured
+from internlm2.plan.work import Work, buffers, engine_layout
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def plan_stage(config: Config) -> StagePlan:
     sizes = buffers(config)
     practice = replace(OURS, reduce_bytes=sizes.reduce_bytes)
     planner = Planner(work, hardware, SpeedModel(fitted().coefficients, hardware, practice), sizes)
-    layout, reason = configured(config, work)
+    layout, reason = engine_layout(config, work.rows, work.seq_len, config.train.micro_batch)
     best = planner.best(config.cluster.gpus)
     return StagePlan(
         stage=config.stage.name,

@@ -37,6 +37,8 @@ class PPOWork:
     pretrain_tokens: int = 0
     epochs: int = 1
     weight_bits: int = 16
+    has_critic: bool = True
+    has_reward: bool = True
 
     @property
     def length(self) -> int:
@@ -121,20 +123,22 @@ class PPOPlanner:
             "generation": self.generation_seconds(layout, rows, split),
             "scoring": self.scoring_seconds(layout),
             "actor training": self.work.epochs * self.actor_step(layout).total,
-            "critic training": self.work.epochs * self.speed.step(self.work.critic, layout).total,
         }
+        if self.work.has_critic:
+            phases["critic training"] = self.work.epochs * self.speed.step(self.work.critic, layout).total
         return PPOPlan(layout, phases, generating, trained, rows, split)
 
     def resting(self, layout: Layout) -> dict[str, float]:
         """What all four models hold between the phases; frozen ones are sharded under ZeRO-3."""
         frozen = BF16 / (layout.gpus if layout.zero == 3 else 1)
         held: dict[str, float] = {}
-        for name, network in (("actor", self.work.actor), ("critic", self.work.critic)):
+        trained = {"actor": self.work.actor} | ({"critic": self.work.critic} if self.work.has_critic else {})
+        for name, network in trained.items():
             states = model_states(network, layout, self.buffers)
             kept = {key: size for key, size in states.items() if "gathered" not in key and "buffers" not in key}
             held[f"{name} with optimizer"] = sum(kept.values())
         held["reference (bf16)"] = frozen * self.work.actor.parameters
-        held["reward model (bf16)"] = frozen * self.work.critic.parameters
+        held["reward model (bf16)"] = frozen * self.work.critic.parameters if self.work.has_reward else 0.0
         return held
 
     def training_memory(self, layout: Layout, resting: dict[str, float]) -> Memory:
@@ -198,7 +202,8 @@ class PPOPlanner:
     def scoring_seconds(self, layout: Layout) -> float:
         """One forward pass each: actor and reference (log-probabilities), critic (values), reward model (scores)."""
         seconds = 0.0
-        for network, times, head in ((self.work.actor, 2, True), (self.work.critic, 2, False)):
+        small = self.work.has_critic + self.work.has_reward
+        for network, times, head in ((self.work.actor, 2, True), (self.work.critic, small, False)):
             one = self.speed.forward(network, layout)
             compute = network.layers * one.layers + (one.head / 3 if head else 0.0)
             gather = self.speed.gather_seconds(network, layout)[0] if layout.zero == 3 else 0.0

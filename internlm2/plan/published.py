@@ -100,16 +100,7 @@ def read_runs(path: Path = TABLE) -> list[PublishedRun]:
 
 
 def _run(row: dict[str, str]) -> PublishedRun:
-    family, peak, bandwidth, memory, link = GPUS[row["gpu"]]
-    hardware = Hardware(
-        name=row["gpu"],
-        family=family,
-        peak_flops=peak * 1e12,
-        memory_bandwidth=bandwidth * 1e12,
-        memory_bytes=memory * 2**30,
-        link_bandwidth=link * 1e9,
-        node_bandwidth=float(row["net_GBps_node"] or 400.0) * 1e9,
-    )
+    hardware = hardware_of(row["gpu"], float(row["net_GBps_node"] or 400.0))
     layout = Layout(
         gpus=int(row["gpus"]),
         seq_len=int(row["seq"]),
@@ -121,6 +112,20 @@ def _run(row: dict[str, str]) -> PublishedRun:
         recompute=RECOMPUTE[row["ckpt"]],
     )
     return PublishedRun(row["src"], NETWORKS[row["model"]], hardware, layout, practice(row["src"]), float(row["tgs"]))
+
+
+def hardware_of(gpu: str, node_gbps: float) -> Hardware:
+    """A GPU of the tables in a node whose network moves `node_gbps` GB/s."""
+    family, peak, bandwidth, memory, link = GPUS[gpu]
+    return Hardware(
+        name=gpu,
+        family=family,
+        peak_flops=peak * 1e12,
+        memory_bandwidth=bandwidth * 1e12,
+        memory_bytes=memory * 2**30,
+        link_bandwidth=link * 1e9,
+        node_bandwidth=node_gbps * 1e9,
+    )
 
 
 def practice(source: str) -> Practice:
@@ -148,11 +153,11 @@ def errors(runs: Sequence[PublishedRun], coefficients: Coefficients) -> Errors:
     """How far off `coefficients` are on `runs`."""
     logs = sorted(run.error(coefficients) for run in runs)
     sizes = sorted(abs(math.expm1(value)) for value in logs)
-    return Errors(len(runs), _quantile(sizes, 0.5), _quantile(sizes, 0.9), sizes[-1], math.expm1(_quantile(logs, 0.5)))
+    return Errors(len(runs), quantile(sizes, 0.5), quantile(sizes, 0.9), sizes[-1], math.expm1(quantile(logs, 0.5)))
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear between neighbours, as numpy's default."""
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of a sorted sequence lies; linear between neighbours, as numpy's default."""
     place = share * (len(ordered) - 1)
     low = int(place)
     high = min(low + 1, len(ordered) - 1)

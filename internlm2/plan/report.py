@@ -1,23 +1,24 @@
 """What `plan=true` prints."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from internlm2.config import Config
 from internlm2.plan.coefficients import fitted
 from internlm2.plan.plan import StagePlan, plan_stage
+from internlm2.plan.ppo_stage import plan_ppo, ppo_lines
 from internlm2.plan.search import Candidate
-
-GIB = 2**30
+from internlm2.plan.table import GIB, engine_name, parts_table, row
 
 
 def print_plans(configs: Sequence[Config], out: TextIO | None = None) -> None:
     """The plan of each stage, one after another; starts nothing."""
     stream = sys.stdout if out is None else out
     for config in configs:
-        print("\n".join(stage_lines(plan_stage(config))), file=stream)
-    print("\n".join(error_band(configs[0].cluster.time_factor)), file=stream)
+        lines = ppo_lines(plan_ppo(config)) if config.stage.kind == "ppo" else stage_lines(plan_stage(config))
+        print("\n".join(lines), file=stream)
+    print("\n".join(error_band(configs[0].cluster.time_factor, [config.stage.kind for config in configs])), file=stream)
 
 
 def stage_lines(plan: StagePlan) -> list[str]:
@@ -54,7 +55,7 @@ def table(plan: StagePlan, shown: dict[str, Candidate]) -> list[str]:
     candidates = list(shown.values())
     lines = [row("", shown)]
     for title, values in (
-        ("engine", [engine(candidate) for candidate in candidates]),
+        ("engine", [engine_name(candidate.layout) for candidate in candidates]),
         ("sequence parallel", [str(candidate.layout.sequence) for candidate in candidates]),
         ("recompute", [candidate.layout.recompute for candidate in candidates]),
         (
@@ -86,32 +87,6 @@ def table(plan: StagePlan, shown: dict[str, Candidate]) -> list[str]:
     return lines
 
 
-def parts_table(parts: Sequence[dict[str, float]], unit: float, prefix: str = "", digits: int = 2) -> list[str]:
-    """A row for each component that any of the settings has, and their sums."""
-    names = list(dict.fromkeys(name for one in parts for name in one))
-    lines = [
-        row(prefix + name, [f"{one[name] / unit:,.{digits}f}" if name in one else "-" for one in parts])
-        for name in names
-    ]
-    if not prefix:
-        lines.append(row("sum", [f"{sum(one.values()) / unit:,.{digits}f}" for one in parts]))
-    return lines
-
-
-def engine(candidate: Candidate) -> str:
-    """Its name, with the sharding group and offload where they are not the default."""
-    layout = candidate.layout
-    if layout.zero == 0:
-        return "single"
-    group = layout.gather if layout.zero == 3 else layout.shard
-    words = [f"zero{layout.zero}"]
-    if 0 < group < layout.gpus:
-        words.append(f"over {group}")
-    if layout.offload:
-        words.append("offload")
-    return " ".join(words)
-
-
 def binding(plan: StagePlan, candidate: Candidate) -> str:
     """Which resource the setting is limited by."""
     if not candidate.fits(plan.hardware):
@@ -128,11 +103,7 @@ def binding(plan: StagePlan, candidate: Candidate) -> str:
     return "arithmetic"
 
 
-def row(title: str, values: Iterable[str]) -> str:
-    return f"  {title:32}" + "".join(f"{value:>32}" for value in values)
-
-
-def error_band(time_factor: float) -> list[str]:
+def error_band(time_factor: float, kinds: Sequence[str]) -> list[str]:
     """How far off such plans were on runs that the fit had not seen."""
     found = fitted().errors
     halves, calibrated = found["held_out_halves"], found["calibrated"]
@@ -146,6 +117,13 @@ def error_band(time_factor: float) -> list[str]:
         "Every row is taken as one full sequence, and no failure or straggler is in it. Memory counts tensors exactly; "
         "context and fragmentation are assumed.",
     ]
+    if "ppo" in kinds:
+        ppo = found["ppo"]
+        lines.append(
+            f"PPO's times carry a factor of {fitted().ppo_factor:.2f} that the published DeepSpeed-Chat runs ask for; "
+            f"each of the {ppo['rows']} was off by {ppo['median']:.0%} in the median and {ppo['p90']:.0%} at the 90th "
+            "percentile under the factor of the others."
+        )
     if time_factor != 1.0:
         lines.append(f"Times carry cluster.time_factor={time_factor:g} from a measured run.")
     else:

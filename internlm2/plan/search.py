@@ -8,7 +8,7 @@ from internlm2.plan.layout import Layout
 from internlm2.plan.memory import Buffers, Memory, training
 from internlm2.plan.speed import SpeedModel, StepTime
 from internlm2.plan.traffic import Traffic, traffic
-from internlm2.plan.work import Work
+from internlm2.plan.work import Work, make_layout
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -84,7 +84,9 @@ class Planner:
                 for shard in groups:
                     for micro_batch in (size for size in MICRO_BATCHES if size <= share and share % size == 0):
                         for recompute in ("none", "full"):
-                            yield self.work.layout(
+                            yield make_layout(
+                                rows,
+                                self.work.seq_len,
                                 gpus,
                                 zero=zero,
                                 shard=shard,

@@ -38,35 +38,8 @@ class Work:
             loss=config.stage.kind != "reward",
         )
 
-    def layout(
-        self,
-        gpus: int,
-        *,
-        zero: int,
-        shard: int | None,
-        sequence: int,
-        micro_batch: int,
-        recompute: str,
-        offload: bool = False,
-    ) -> Layout:
-        """The layout of one step: passes follow from the rows that a group of ranks gets."""
-        rows = ceil(self.rows * sequence / gpus)
-        group = gpus if shard is None else shard
-        return Layout(
-            gpus=gpus,
-            seq_len=self.seq_len,
-            micro_batch=min(micro_batch, rows),
-            accumulation=ceil(rows / micro_batch),
-            zero=zero,
-            shard=group if zero in (1, 2) else gpus if zero == 3 else 1,
-            gather=group if zero == 3 and group < gpus else 0,
-            sequence=sequence,
-            recompute=recompute,
-            offload=offload,
-        )
 
-
-def configured(config: Config, work: Work) -> tuple[Layout | None, str]:
+def engine_layout(config: Config, rows: int, seq_len: int, micro_batch: int) -> tuple[Layout | None, str]:
     """The layout that the engine's keys ask for on `cluster.gpus` GPUs, or None and why it cannot run there."""
     engine, gpus = config.engine, config.cluster.gpus
     zero = 0 if engine.name == "single" else int(engine.name[-1])
@@ -75,17 +48,49 @@ def configured(config: Config, work: Work) -> tuple[Layout | None, str]:
     degree, shard = engine.sequence_parallel, engine.zero.shard_group
     if gpus % degree or (shard is not None and gpus % shard):
         return None, f"engine.sequence_parallel={degree} and engine.zero.shard_group={shard} must divide {gpus} GPUs"
-    if work.rows < gpus // degree:
-        return None, f"{work.rows} rows a step are fewer than {gpus // degree} groups of ranks"
-    return work.layout(
+    if rows < gpus // degree:
+        return None, f"{rows} rows a step are fewer than {gpus // degree} groups of ranks"
+    layout = make_layout(
+        rows,
+        seq_len,
         gpus,
         zero=zero,
         shard=shard,
         sequence=degree,
-        micro_batch=config.train.micro_batch,
+        micro_batch=micro_batch,
         recompute=engine.recompute,
         offload=engine.zero.offload != "none",
-    ), ""
+    )
+    return layout, ""
+
+
+def make_layout(
+    rows: int,
+    seq_len: int,
+    gpus: int,
+    *,
+    zero: int,
+    shard: int | None,
+    sequence: int,
+    micro_batch: int,
+    recompute: str,
+    offload: bool = False,
+) -> Layout:
+    """The layout of a step over `rows` rows: the passes follow from those that a group of ranks gets."""
+    share = ceil(rows * sequence / gpus)
+    group = gpus if shard is None else shard
+    return Layout(
+        gpus=gpus,
+        seq_len=seq_len,
+        micro_batch=min(micro_batch, share),
+        accumulation=ceil(share / micro_batch),
+        zero=zero,
+        shard=group if zero in (1, 2) else gpus if zero == 3 else 1,
+        gather=group if zero == 3 and group < gpus else 0,
+        sequence=sequence,
+        recompute=recompute,
+        offload=offload,
+    )
 
 
 def buffers(config: Config) -> Buffers:
