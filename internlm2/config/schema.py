@@ -5,14 +5,11 @@ must fail within a second or two.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-
-def _key(*, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A required key with bounds (both inclusive) or choices; `internlm2.config.checks` enforces them."""
-    return field(default=MISSING, metadata={"minimum": minimum, "maximum": maximum, "choices": choices})
+from internlm2.config.keys import key as _key
+from internlm2.config.zero import ENGINES, ZeroConfig
 
 
 @dataclass
@@ -152,7 +149,7 @@ class OptimConfig:
 class EngineConfig:
     """How one training step runs on the hardware."""
 
-    name: str = _key(choices=("single",))
+    name: str = _key(choices=ENGINES)
     device: str = _key(choices=("auto", "cpu", "cuda"))
     dtype: str = _key(choices=("bf16", "fp32"))
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
@@ -161,6 +158,11 @@ class EngineConfig:
     on_nonfinite: str = _key(choices=("skip", "stop", "rollback"))
     spike_factor: float | None = _key(minimum=1.0)
     max_bad_steps: int = _key(minimum=1)
+    sequence_parallel: int = _key(minimum=1)
+    collective_seconds: float = _key(minimum=1.0)
+    hang_seconds: float | None = _key(minimum=1.0)
+    straggler_factor: float = _key(minimum=1.0)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 @dataclass
@@ -207,6 +209,7 @@ class CheckpointConfig:
     every: int | None = _key(minimum=1)
     keep_last: int = _key(minimum=1)
     keep_every: int | None = _key(minimum=1)
+    keep_best: bool = MISSING
     asynchronous: bool = MISSING
     export: bool = MISSING
 
