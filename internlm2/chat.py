@@ -146,7 +146,9 @@ def load(options: argparse.Namespace) -> Chat:
     from internlm2.data.chat import IM_END
     from internlm2.data.tokenizer import load_tokenizer
     from internlm2.generation import Engine, SamplingParams
+    from internlm2.generation.projections import ACT_BITS
     from internlm2.model.weights import load_model, open_weights
+    from internlm2.ops import describe_backend, describe_quantize
 
     source = find_model(options.model)
     folder = options.tokenizer or open_weights(source).tokenizer
@@ -168,6 +170,8 @@ def load(options: argparse.Namespace) -> Chat:
     )
     engine = Engine(model, max_rows=1, quantize=options.quantize)
     print(f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}, {device}")
+    print(describe_quantize(options.quantize, device, ACT_BITS))
+    print(describe_backend(device, dtype, model.config.head_dim))
     return Chat(engine, tokenizer, params, options.system, options.tools)
 
 

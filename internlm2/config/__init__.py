@@ -1,6 +1,7 @@
 """Typed, closed configuration: schema, checks and composition. Nothing here imports torch."""
 
 from internlm2.config.errors import ConfigError
+from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -27,6 +28,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EngineConfig",
+    "FrozenConfig",
+    "GenerationConfig",
     "LengthBucketConfig",
     "ModelConfig",
     "OptimConfig",

@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from hydra import compose
@@ -117,15 +117,18 @@ def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
     keys, hints = [], get_type_hints(schema)
     for item in fields(schema):
         keys.append(prefix + item.name)
-        if is_dataclass(hints[item.name]):
-            keys += known_keys(hints[item.name], f"{prefix}{item.name}.")
+        for hint in get_args(hints[item.name]) or (hints[item.name],):  # PPOConfig | None holds a group, too
+            if is_dataclass(hint):
+                keys += known_keys(hint, f"{prefix}{item.name}.")
     return keys
 
 
 def _nearest(key: str) -> str:
     keys = [*known_keys(), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
-    if key.startswith(("data.sources.", "data.weights.")):
+    if key.startswith("data.weights."):
         return f" To add an entry to a mapping, write +{key}=..."
+    if key.startswith("data.sources."):
+        return " Put a new source into a file beside conf/data/my_corpus.yaml and choose it with data=<its name>."
     keys = [known for known in keys if not key.startswith(f"{known}.")]
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # in another group
     close = same_name[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
+from internlm2.config.optim import OptimConfig
+from internlm2.config.ppo import PPOConfig, PromptsConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
 
@@ -70,21 +73,32 @@ class TokenizerConfig:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
+SOURCE_KINDS = (
+    "stdlib",
+    "jsonl",
+    "parquet",
+    "text",
+    "internevo",
+    "conversations",
+    "preferences",
+    "package",
+    "toy",
+)
+
+
 @dataclass
 class SourceConfig:
     """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
-    `format` to kind=conversations.
+    `format` to kind=conversations, `domain` to kind=preferences.
     """
 
-    kind: str = field(
-        default=MISSING,
-        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package", "toy")},
-    )
+    kind: str = field(default=MISSING, metadata={"choices": SOURCE_KINDS})
     path: str | None = None
     part: str | None = None
     format: str = field(
         default="auto", metadata={"choices": ("auto", "openai", "sharegpt", "alpaca", "xtuner", "pairs")}
     )
+    domain: str = "default"
     field: str = "text"
 
 
@@ -125,24 +139,6 @@ class AdapterConfig:
     dropout: float = _key(minimum=0.0, maximum=0.99)
     targets: list[str] = MISSING
     bits: int = _key(minimum=4, maximum=8)
-
-
-@dataclass
-class OptimConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = _key(minimum=0.0)
-    min_lr_ratio: float = _key(minimum=0.0, maximum=1.0)
-    schedule: str = _key(choices=("cosine", "linear", "constant"))
-    schedule_start: float = _key(minimum=0.0, maximum=1.0)
-    schedule_end: float = _key(minimum=0.0, maximum=1.0)
-    warmup_ratio: float = _key(minimum=0.0, maximum=1.0)
-    beta1: float = _key(minimum=0.0, maximum=1.0)
-    beta2: float = _key(minimum=0.0, maximum=1.0)
-    eps: float = _key(minimum=0.0)
-    weight_decay: float = _key(minimum=0.0)
-    decay_embeddings: bool = MISSING
-    clip_grad_norm: float = _key(minimum=0.0)
 
 
 @dataclass
@@ -238,7 +234,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "ppo", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -262,3 +258,8 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    # Of stage=ppo alone; null elsewhere.
+    prompts: PromptsConfig | None = None
+    ppo: PPOConfig | None = None

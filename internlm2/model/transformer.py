@@ -5,6 +5,7 @@ D head dim, V vocabulary. Pre-norm, no bias anywhere. Parameter names are those 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from internlm2.config import ConfigError, ModelConfig
 from internlm2.model.embedding import Embedding
 from internlm2.model.feed_forward import FeedForward
 from internlm2.model.initialization import initialize
-from internlm2.model.loss import cross_entropy_sum, token_cross_entropy
+from internlm2.model.loss import cross_entropy_sum, token_cross_entropy, token_logprobs
 from internlm2.model.norm import RMSNorm
 from internlm2.model.rope import RopeTables
 from internlm2.model.sequence_parallel import SequenceParallel
@@ -137,16 +138,20 @@ class InternLM2(nn.Module):
 
 
 class LMHead(Linear):
-    """Hidden states to logits, or straight to the loss.
+    """Hidden states to logits, or straight to the loss or the log-probabilities.
 
-    One forward for both, so that engines that gather weights see it.
+    One forward for all, so that engines that gather weights see it.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        return super().forward(hidden) if labels is None else cross_entropy_sum(hidden, self.weight, labels)
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: float | None = None) -> Any:
+        if labels is None:
+            return super().forward(hidden)
+        if temperature is not None:
+            return token_logprobs(hidden, self.weight, labels, temperature=temperature)
+        return cross_entropy_sum(hidden, self.weight, labels)
 
 
 class CausalLM(nn.Module):
@@ -205,6 +210,33 @@ class CausalLM(nn.Module):
             return self.output(hidden, labels)
         weight = self.model.tok_embeddings.weight
         return hidden @ weight.t() if labels is None else cross_entropy_sum(hidden, weight, labels)
+
+    def logprobs(
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        at: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `labels` [A] as the tokens after positions `at` [A] of the packed row, and the
+        entropies there, each [A] float32, natural, of softmax(logits / temperature). Gradient flows.
+
+        Only these positions meet the output matrix: a prompt's tokens cost nothing there.
+        """
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return self._logprobs(hidden[at], labels, temperature)
+        mine = at // len(hidden) == ranks.rank
+        found = self._logprobs(hidden[at[mine] - ranks.rank * len(hidden)], labels[mine], temperature)
+        logprobs, entropies = (ranks.sum(part.new_zeros(len(at)).masked_scatter(mine, part)) for part in found)
+        return logprobs, entropies
+
+    def _logprobs(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if self.output is not None:
+            return self.output(hidden, labels, temperature)
+        return token_logprobs(hidden, self.model.tok_embeddings.weight, labels, temperature=temperature)
 
     def loss(
         self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None

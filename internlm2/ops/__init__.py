@@ -2,7 +2,7 @@
 
 from internlm2.ops.attention import decode_attention, describe_backend, rope_attention, select_backend
 from internlm2.ops.linear import Linear
-from internlm2.ops.quantize import QuantizedLinear, quantize_linears_, quantized_copy, refresh_
+from internlm2.ops.quantize import QuantizedLinear, describe_quantize, quantize_linears_, quantized_copy, refresh_
 from internlm2.ops.quantized import QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "decode_attention",
     "dequantize_weight",
     "describe_backend",
+    "describe_quantize",
     "quantize_linears_",
     "quantize_weight",
     "quantized_copy",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from internlm2.ops import backends, native, reference
+from internlm2.ops.extension import instruction_set
 
 BACKENDS = ("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference")
 
@@ -93,8 +94,10 @@ def describe_backend(device: torch.device | str, dtype: torch.dtype, head_dim: i
     """One line for the log at start: what attention runs on, and why."""
     name = select_backend(device, dtype, head_dim, requested)
     how = "chosen" if requested == "auto" else "requested"
-    kind = str(dtype).removeprefix("torch.")
-    return f"attention: {name} ({how}; {torch.device(device).type}, {kind}, head_dim {head_dim})"
+    kind, place = str(dtype).removeprefix("torch."), torch.device(device).type
+    if name == "native" and place == "cpu":
+        place += f" {instruction_set()}"
+    return f"attention: {name} ({how}; {place}, {kind}, head_dim {head_dim})"
 
 
 def _missing(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,6 +1,7 @@
 """`quantize: none|w8|w4`: frozen models, and rollout copies of trained ones, with quantised linear layers.
 
-Layers with a forward of their own, such as the LM head, stay as they are: rounding the output matrix moves every logit.
+Heads stay as they are: layers with a forward of their own, such as the LM head (rounding the output matrix moves every
+logit), and those with fewer outputs than one tile of the layout, such as a reward head.
 """
 
 import copy
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from internlm2.ops.extension import instruction_set, loaded
 from internlm2.ops.linear import Linear
-from internlm2.ops.quantized import QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
+from internlm2.ops.quantized import TILE, QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
 
 MODES = ("none", "w8", "w4")
 
@@ -110,6 +112,17 @@ def refresh_(rollout: nn.Module, model: nn.Module) -> None:
             layer.requantize_(source.weight)
 
 
+def describe_quantize(mode: str, device: torch.device | str, act_bits: int = 16) -> str:
+    """For the log at start: the weights' and activations' bits, and what multiplies them."""
+    device = torch.device(device)
+    if _bits(mode) is None:
+        return "weights as they are"
+    compiled = instruction_set() if device.type == "cpu" else "compiled" if loaded(device.type) else "none"
+    how = "plain PyTorch" if compiled == "none" else f"native, {device.type} {compiled}"
+    activations = f"{act_bits}-bit" if device.type == "cpu" else "16-bit"
+    return f"{mode} weights, {activations} activations ({how})"
+
+
 def _bits(mode: str) -> int | None:
     if mode not in MODES:
         raise ValueError(f"quantize={mode!r} does not exist: use one of {', '.join(MODES)}.")
@@ -119,7 +132,7 @@ def _bits(mode: str) -> int | None:
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, layer in model.named_modules():
         plain = type(layer).forward in (nn.Linear.forward, Linear.forward)
-        if isinstance(layer, nn.Linear) and plain and layer.bias is None and name:
+        if isinstance(layer, nn.Linear) and plain and layer.bias is None and name and layer.out_features >= TILE:
             yield name, layer
 
 

@@ -71,8 +71,9 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat
 def quantized_linear(x: Tensor, weight: QuantizedWeight, act_bits: int = 16, backend: str = "auto") -> Tensor:
     """x [..., K] times the weight's transpose: [..., N] in x's dtype (bfloat16 or float32).
 
-    act_bits 16 rounds activations to bfloat16, 8 to int8 with a scale for each token and group of 128. Sums are
-    float32. Gradient flows to x, through the dequantised weight; rounding the activations counts as the identity.
+    act_bits 16 rounds activations to bfloat16, 8 to int8 with a scale for each token and group of 128; the CUDA kernels
+    multiply in bfloat16 only, and take 8 as 16. Sums are float32. Gradient flows to x, through the dequantised weight;
+    rounding the activations counts as the identity.
     """
     if act_bits not in (8, 16):
         raise ValueError(f"act_bits must be 8 or 16, got {act_bits}.")
@@ -83,6 +84,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, act_bits: int = 16, bac
     if x.device != weight.packed.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}.")
     if _native("quantized_linear", x, backend):
+        act_bits = 16 if x.is_cuda else act_bits
         return torch.ops.internlm2.quantized_linear(x.contiguous(), *weight._arguments(), act_bits)
     rounded = x + (_round_activations(x.detach(), act_bits) - x).detach()  # straight through
     return F.linear(rounded.float(), _dequantize_reference(weight)).to(x.dtype)

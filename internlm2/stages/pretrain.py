@@ -40,13 +40,13 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
 
     job, stop = run_job(
-        config, directory, console, engine, data, token_loss, lambda: data.held_out.measure(engine, token_loss)
+        config, directory, console, engine, data.stream, token_loss, lambda: data.held_out.measure(engine, token_loss)
     )
     if stop.requested is not None:
         return stop.exit_code
 
     context.measure_end(model, config.stage.name)
-    write_completions(model, data.tokenizer, config.run, config.seed, directory, engine.step)
+    write_completions(model, data.tokenizer, config.run, config.generation, config.seed, directory, engine.step)
     if config.checkpoint.export:
         written = export_weights(open_weights(directory.path), directory.export, dtype=dtype, overwrite=True)
         log.info("exported to %s (official InternLM2 layout, %s)", written.folder, config.engine.dtype)

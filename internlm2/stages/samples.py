@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Sequence
 
-from internlm2.config import RunConfig
+from internlm2.config import GenerationConfig, RunConfig
 from internlm2.data.chat import Message, parse_reply, render
 from internlm2.data.tokenizer import Tokenizer
-from internlm2.generation.engine import Completion, Engine
+from internlm2.generation.build import build_generator
+from internlm2.generation.engine import Completion
 from internlm2.generation.parameters import SamplingParams
 from internlm2.model.transformer import CausalLM
 from internlm2.run.directory import RunDirectory
@@ -17,7 +18,13 @@ TEMPERATURE, TOP_P = 0.8, 0.8  # the chat defaults of the released models
 
 
 def write_completions(
-    model: CausalLM, tokenizer: Tokenizer, settings: RunConfig, seed: int, run: RunDirectory, step: int
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    settings: RunConfig,
+    generation: GenerationConfig,
+    seed: int,
+    run: RunDirectory,
+    step: int,
 ) -> None:
     """Complete each prompt of `run.samples`; to the log and to samples/."""
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in settings.samples]
@@ -29,20 +36,27 @@ def write_completions(
         seed=seed,
     )
     texts = []
-    for prompt, answer in zip(settings.samples, _generate(model, prompts, params)):
+    for prompt, answer in zip(settings.samples, _generate(model, generation, prompts, params)):
         texts.append(f"{prompt}⟶{tokenizer.decode(answer.tokens, skip_special=True)}")
         log.info("sample of step %d (the prompt ends at ⟶):\n%s", step, texts[-1])
     _write(run, step, texts)
 
 
-def write_answers(model: CausalLM, tokenizer: Tokenizer, settings: RunConfig, run: RunDirectory, step: int) -> None:
+def write_answers(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    settings: RunConfig,
+    generation: GenerationConfig,
+    run: RunDirectory,
+    step: int,
+) -> None:
     """Answer each question of `run.samples`, greedily, as a chat; to the log and to samples/."""
     questions = [[Message("user", question)] for question in settings.samples]
     prompts = [render(messages, tokenizer, generation_prompt=True).ids for messages in questions]
     stops = (tokenizer.eos_id, tokenizer.special_id("<|im_end|>"))
     params = SamplingParams(temperature=0.0, max_new_tokens=settings.sample_tokens, stop_ids=stops)
     texts = []
-    for question, answer in zip(settings.samples, _generate(model, prompts, params)):
+    for question, answer in zip(settings.samples, _generate(model, generation, prompts, params)):
         reply = parse_reply(answer.tokens, tokenizer).content
         ending = "" if answer.finish == "stop" else " [...]"
         texts.append(f"Q: {question}\nA: {reply}{ending}")
@@ -50,13 +64,15 @@ def write_answers(model: CausalLM, tokenizer: Tokenizer, settings: RunConfig, ru
     _write(run, step, texts)
 
 
-def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+def _generate(
+    model: CausalLM, generation: GenerationConfig, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Completion]:
     """One answer for each prompt, in their order; the model returns to the mode that it was in."""
     if not prompts:
         return []
     was_training = model.training
     model.eval()
-    answers = Engine(model).generate(prompts, params)
+    answers = build_generator(model, generation).generate(prompts, params)
     model.train(was_training)
     return answers
 

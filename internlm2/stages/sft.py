@@ -34,7 +34,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     data = load_data(config, directory, console)
     model = start_model(config, device, data.tokenizer, directory)
     if not list(directory.samples.glob("*.txt")):
-        write_answers(model, data.tokenizer, config.run, directory, 0)
+        write_answers(model, data.tokenizer, config.run, config.generation, directory, 0)
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
@@ -45,10 +45,10 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         return token_loss(model, batch)
 
     def validate() -> dict[str, Any]:
-        write_answers(plain(model, config), data.tokenizer, config.run, directory, engine.step)
+        write_answers(plain(model, config), data.tokenizer, config.run, config.generation, directory, engine.step)
         return data.held_out.measure(engine, loss)
 
-    job, stop = run_job(config, directory, console, engine, data, loss, validate)
+    job, stop = run_job(config, directory, console, engine, data.stream, loss, validate)
     if stop.requested is not None:
         return stop.exit_code
 

@@ -51,6 +51,13 @@ def test_none_changes_nothing():
     refresh_(model, model)
 
 
+def test_a_head_with_few_outputs_stays_as_it_is():
+    model = nn.ModuleDict({"body": Linear(64, 64, bias=False), "v_head": nn.Linear(64, 1, bias=False)})
+    quantize_linears_(model.requires_grad_(False), "w4")
+    assert isinstance(model["body"], QuantizedLinear)
+    assert isinstance(model["v_head"], nn.Linear)
+
+
 def test_trained_weights_are_refused():
     with pytest.raises(ValueError, match=r"layers\.0\.weight requires a gradient"):
         quantize_linears_(Model(), "w4")
