@@ -20,8 +20,9 @@ from typing import Any
 from internlm2.run.ranks import Ranks
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-# Exit codes with which a rank ends in order: finished, bad config (all ranks find it), stopped by a signal and saved.
-ORDERLY = (0, 2, *(128 + number for number in FORWARDED))
+# Exit codes with which a rank ends in order: finished, or stopped by a signal and saved. The others end soon after.
+ORDERLY = (0, *(128 + number for number in FORWARDED))
+BAD_INPUT = 2  # bad config or data: no restart would mend it
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,6 +37,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
+        """Did a rank die, so that a restart may help?"""
         return self.culprit is not None
 
     def message(self) -> str:
@@ -129,6 +131,8 @@ def _watch(processes: list[subprocess.Popen[bytes]], logs: Path, grace_seconds: 
         for rank, code in enumerate(codes):
             if code is not None and code not in ORDERLY:
                 _end(processes, grace_seconds)
+                if code == BAD_INPUT:
+                    return Outcome(BAD_INPUT)
                 return Outcome(1, rank, _how(code), log_file(logs, rank) if rank else None)
         if None not in codes:
             return Outcome(max(code for code in codes if code is not None))
