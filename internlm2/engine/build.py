@@ -31,6 +31,11 @@ def prepare_device(engine: EngineConfig) -> torch.device:
     return torch.device("cuda", from_environment().local_rank)
 
 
+def place_of_new_model(engine: EngineConfig, device: torch.device) -> torch.device:
+    """Where a model is made in fp32 before its engine takes it: one that ZeRO will cut up need not fit on a GPU."""
+    return device if engine.name == "single" else torch.device("cpu")
+
+
 def build_engine(model: nn.Module, engine: EngineConfig, optim: OptimConfig, total_steps: int) -> Engine:
     """The engine that `engine.name` asks for, around `model`; says in one log line what it trains and how."""
     device = prepare_device(engine)

@@ -160,6 +160,10 @@ class SingleEngine:
         """Sum each value over the ranks with different data: here there is one."""
         return list(values)
 
+    def rank_seconds(self) -> list[float]:
+        """Of use with several ranks only: nothing is measured here."""
+        return [0.0]
+
     @contextlib.contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """The model itself, which is whole."""

@@ -23,6 +23,7 @@ from internlm2.engine.optimizer import decays
 from internlm2.engine.partitions import Partitions
 from internlm2.engine.schedule import learning_rate
 from internlm2.engine.shard_group import ShardGroup
+from internlm2.engine.stopwatch import Stopwatch
 from internlm2.engine.sums import LossSums
 from internlm2.engine.whole import gathered
 from internlm2.model.sequence_parallel import SequenceParallel
@@ -47,7 +48,7 @@ class ZeroEngine:
         self.device, self.optim, self.total_steps = device, optim, total_steps
         self.model, self.stage, self.step = model, STAGES[engine.name], 0
         self.guard = StepGuard(engine.on_nonfinite, engine.spike_factor, engine.max_bad_steps)
-        self.forward_seconds = 0.0
+        self._stopwatch = Stopwatch(device, waits=self.stage == 3 or engine.sequence_parallel > 1)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("The model has no trainable parameter: there is nothing for the engine to do.")
@@ -124,7 +125,8 @@ class ZeroEngine:
         work = self._evened(micro_batches)
         for number, (batch, counts) in enumerate(work):
             self._deepspeed.set_gradient_accumulation_boundary(number == len(work) - 1)
-            loss = self._forward(batch, loss_fn, sums, counts, averaged_over / denominator)
+            with self._stopwatch:
+                loss = self._forward(batch, loss_fn, sums, counts, averaged_over / denominator)
             self._deepspeed.backward(loss, scale_wrt_gas=False)
         if self._shard is not None:
             self._partitions.add_up_gradients(self._shard.across)
@@ -203,6 +205,10 @@ class ZeroEngine:
         """Sum each value over the ranks with different data: those that share a row hold equal values."""
         copies = self.world_size // self.data_ranks
         return [value / copies for value in process_group.sum_over_ranks(values)]
+
+    def rank_seconds(self) -> list[float]:
+        """Each rank's seconds in the forward passes of the last step."""
+        return process_group.gather_over_ranks(self._stopwatch.take())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of each trainable parameter."""
