@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import compose_stages, describe, register_schema
-from internlm2.launch import launch
+from internlm2.launch import launch, requeueing
 from internlm2.plan.report import print_plans
 
 register_schema()
@@ -35,7 +35,8 @@ def main(composed: DictConfig) -> None:
         launch(configs, HydraConfig.get(), Path(__file__))  # returns where this process is to run the stages
         from internlm2.stages.recipe import run_stages  # torch is imported from here on
 
-        run_stages(configs)
+        with requeueing():
+            run_stages(configs)
     except ConfigError as error:
         fail(error)
 

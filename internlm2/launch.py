@@ -6,30 +6,32 @@ torchrun --nproc-per-node=8 train.py    what torchrun says
 srun python train.py ...                a rank for each task of the step
 """
 
-import logging
+import contextlib
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.types import RunMode
 
 from internlm2.config import Config, ConfigError
+from internlm2.run import slurm
 from internlm2.run.ranks import from_environment
-from internlm2.run.supervisor import Outcome, run_ranks, tail
-
-log = logging.getLogger(__name__)
+from internlm2.run.supervisor import SUPERVISED, Outcome, run_ranks, tail
 
 
 def launch(configs: Sequence[Config], hydra: HydraConf, program: Path) -> None:
     """Start ranks and exit with their code, or return where this process shall run the stages itself."""
-    settle_slurm(os.environ)
+    first = configs[0]
+    directory = Path(first.root) / first.name
+    if slurm.in_step():
+        settle_slurm()
+        slurm.write_to_own_file(directory / "logs")
     if "RANK" in os.environ or from_environment().world_size > 1:
         return
-    first = configs[0]
     ranks = first.launch.ranks or visible_gpus(first.engine.device)
     if ranks == 1 and first.launch.ranks is None:
         return
@@ -45,7 +47,23 @@ def launch(configs: Sequence[Config], hydra: HydraConf, program: Path) -> None:
         print(f"{ranks} ranks: engine=zero1 (the default, engine=single, is one process)")
         overrides.append("engine=zero1")
     command = [sys.executable, str(program), *overrides]
-    sys.exit(supervise(command, ranks, Path(first.root) / first.name, first))
+    code = supervise(command, ranks, directory, first)
+    slurm.requeue_if_asked(code)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def requeueing() -> Iterator[None]:
+    """Around the stages in this process: where SLURM's signal ended them, the job goes back into the queue.
+
+    Ranks that our own launcher started leave that to it.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and SUPERVISED not in os.environ:
+            slurm.requeue_if_asked(ended.code)
+        raise
 
 
 def visible_gpus(device: str) -> int:
@@ -115,12 +133,11 @@ def settle_slurm(environment: Mapping[str, str] | None = None) -> None:
     Every task computes the same; a requeued job gets another port, in case the old one is not free yet.
     """
     values = os.environ if environment is None else environment
-    if "SLURM_STEP_ID" not in values or int(values.get("SLURM_NTASKS", "1")) == 1 or "MASTER_ADDR" in values:
+    if not slurm.in_step(values) or "MASTER_ADDR" in values:
         return
     nodes = values.get("SLURM_STEP_NODELIST") or values.get("SLURM_JOB_NODELIST", "")
-    restarts = int(values.get("SLURM_RESTART_COUNT", "0"))
     step = int(values["SLURM_STEP_ID"]) if values["SLURM_STEP_ID"].isdigit() else 0
-    number = int(values.get("SLURM_JOB_ID", "0")) * 8 + step + restarts
+    number = int(values.get("SLURM_JOB_ID", "0")) * 8 + step + slurm.attempt(values)
     os.environ.update(MASTER_ADDR=first_node(nodes), MASTER_PORT=str(20_000 + number % 30_000))
 
 

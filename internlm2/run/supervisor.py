@@ -23,6 +23,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Exit codes with which a rank ends in order: finished, or stopped by a signal and saved. The others end soon after.
 ORDERLY = (0, *(128 + number for number in FORWARDED))
 BAD_INPUT = 2  # bad config or data: no restart would mend it
+SUPERVISED = "INTERNLM2_SUPERVISED"  # in the environment of ranks that have this launcher above them
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,7 +62,7 @@ def run_ranks(
     themselves (their collectives fail), then SIGKILL. Should this process be killed, the ranks get SIGTERM.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    base = {**(os.environ if environment is None else environment), **_rendezvous(ranks)}
+    base = {**(os.environ if environment is None else environment), **_rendezvous(ranks), SUPERVISED: "1"}
     base.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     processes: list[subprocess.Popen[bytes]] = []
     previous = _forward_signals(processes)
