@@ -203,6 +203,7 @@ def test_single_with_several_ranks_is_refused(monkeypatch):
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     config = settings()
+    config.root, config.name = "runs", "x"
     config.engine = SimpleNamespace(name="single", device="cpu")
     hydra = SimpleNamespace(
         overrides=SimpleNamespace(task=["engine=single"]), mode=None, runtime=SimpleNamespace(config_sources=[])
