@@ -101,6 +101,7 @@ class PPOValidationConfig:
     every: int | None = _key(minimum=1)
     rows: int = _key(minimum=1)
     select: str = _key(choices=("best", "last"))
+    gold: str | None = MISSING
 
 
 @dataclass
