@@ -125,8 +125,10 @@ def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
 
 def _nearest(key: str) -> str:
     keys = [*known_keys(), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
-    if key.startswith(("data.sources.", "data.weights.")):
+    if key.startswith("data.weights."):
         return f" To add an entry to a mapping, write +{key}=..."
+    if key.startswith("data.sources."):
+        return " Put a new source into a file beside conf/data/my_corpus.yaml and choose it with data=<its name>."
     keys = [known for known in keys if not key.startswith(f"{known}.")]
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # in another group
     close = same_name[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)

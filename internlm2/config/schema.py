@@ -72,21 +72,32 @@ class TokenizerConfig:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
+SOURCE_KINDS = (
+    "stdlib",
+    "jsonl",
+    "parquet",
+    "text",
+    "internevo",
+    "conversations",
+    "preferences",
+    "package",
+    "toy",
+)
+
+
 @dataclass
 class SourceConfig:
     """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
-    `format` to kind=conversations.
+    `format` to kind=conversations, `domain` to kind=preferences.
     """
 
-    kind: str = field(
-        default=MISSING,
-        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package", "toy")},
-    )
+    kind: str = field(default=MISSING, metadata={"choices": SOURCE_KINDS})
     path: str | None = None
     part: str | None = None
     format: str = field(
         default="auto", metadata={"choices": ("auto", "openai", "sharegpt", "alpaca", "xtuner", "pairs")}
     )
+    domain: str = "default"
     field: str = "text"
 
 

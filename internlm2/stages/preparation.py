@@ -18,7 +18,7 @@ from internlm2.data.prepare import prepare
 from internlm2.data.stream import TokenStream
 from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.usage import usage_table
-from internlm2.engine.base import Engine, LossFunction
+from internlm2.engine.base import Engine, LossFunction, StepResult
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
 from internlm2.generation.build import describe_generation
@@ -30,7 +30,7 @@ from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import FORMULA, Throughput, peak_flops
 from internlm2.stages import handover
-from internlm2.stages.supervised import Job, resume, train
+from internlm2.stages.supervised import Job, Stream, loss_tokens, resume, train
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +106,10 @@ def run_job(
     directory: RunDirectory,
     console: Console,
     engine: Engine,
-    data: Data,
+    stream: Stream,
     loss: LossFunction,
     validate: Callable[[], dict[str, Any]],
+    measures: Callable[[StepResult], dict[str, Any]] = loss_tokens,
 ) -> tuple[Job, StopSignals]:
     """Resume where there is something to resume, and train to the end or a signal."""
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -119,11 +120,12 @@ def run_job(
         config=config,
         run=directory,
         engine=engine,
-        stream=data.stream,
+        stream=stream,
         loss=loss,
         validate=validate,
         throughput=Throughput(config.model, peak, devices=engine.world_size),
         metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=engine.rank == 0),
+        measures=measures,
     )
     resumed = resume(job)
     record_start(directory, step=engine.step, config=text)

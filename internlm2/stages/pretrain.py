@@ -40,7 +40,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
 
     job, stop = run_job(
-        config, directory, console, engine, data, token_loss, lambda: data.held_out.measure(engine, token_loss)
+        config, directory, console, engine, data.stream, token_loss, lambda: data.held_out.measure(engine, token_loss)
     )
     if stop.requested is not None:
         return stop.exit_code

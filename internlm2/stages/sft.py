@@ -48,7 +48,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         write_answers(plain(model, config), data.tokenizer, config.run, config.generation, directory, engine.step)
         return data.held_out.measure(engine, loss)
 
-    job, stop = run_job(config, directory, console, engine, data, loss, validate)
+    job, stop = run_job(config, directory, console, engine, data.stream, loss, validate)
     if stop.requested is not None:
         return stop.exit_code
 

@@ -2,16 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 
-from internlm2.config import Config, ConfigError
-from internlm2.data.batch import PackedBatch
-from internlm2.data.stream import TokenStream
-from internlm2.engine.base import Engine, LossFunction, StepResult
+from internlm2.config import Config, ConfigError, TrainConfig
+from internlm2.engine.base import Batch, Engine, LossFunction, StepResult
 from internlm2.engine.checkpoint import CheckpointWriter
 from internlm2.engine.checkpoint_format import CheckpointError, list_checkpoints
 from internlm2.engine.checkpoint_reader import restore_newest
@@ -24,18 +23,51 @@ from internlm2.run.throughput import Throughput, causal_pairs
 log = logging.getLogger(__name__)
 
 
+class SequenceBatch(Batch, Protocol):
+    """A micro-batch of packed sequences."""
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor: ...  # [n + 1] int32
+    @property
+    def sources(self) -> torch.Tensor: ...  # [n] int32: index into the stream's `source_names`
+
+
+class Stream(Protocol):
+    """Training data as a function of a position, of which a checkpoint keeps no more than that."""
+
+    source_names: list[str]
+
+    def micro_batches(
+        self, position: int, train: TrainConfig, rank: int, world_size: int
+    ) -> Sequence[SequenceBatch]: ...
+
+    def next_position(self, position: int, train: TrainConfig) -> int: ...
+
+    def state(self, position: int) -> dict[str, Any]: ...
+
+    def check_fingerprint(self, saved: Mapping[str, Any], on_change: str = "refuse") -> list[str]: ...
+
+
+def loss_tokens(result: StepResult) -> dict[str, Any]:
+    """What a step of a language model records beside its loss."""
+    return {"loss_tokens": result.loss_tokens}
+
+
 @dataclass
 class Job:
-    """What a stage hands to the loop. `position` counts the rows that training has consumed, over all ranks."""
+    """What a stage hands to the loop. `position` counts what training has consumed, over all ranks: rows, or batches
+    of pairs.
+    """
 
     config: Config
     run: RunDirectory
     engine: Engine
-    stream: TokenStream
+    stream: Stream
     loss: LossFunction
     validate: Callable[[], dict[str, Any]]
     throughput: Throughput
     metrics: Metrics
+    measures: Callable[[StepResult], dict[str, Any]] = loss_tokens
     position: int = 0
     tokens: int = 0
     writer: CheckpointWriter = field(init=False)
@@ -51,11 +83,9 @@ class Job:
             asynchronous=checkpoint.asynchronous,
         )
 
-    def batches(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the step at `position`; its rows do not depend on how they are split."""
-        size, rank, world = self.config.train.micro_batch, self.engine.rank, self.engine.world_size
-        rows = range(self.position + rank, self.position + self.config.train.rows_per_step, world)
-        return [self.stream.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+    def batches(self) -> Sequence[SequenceBatch]:
+        """This rank's micro-batches of the step at `position`."""
+        return self.stream.micro_batches(self.position, self.config.train, self.engine.rank, self.engine.world_size)
 
     def save(self) -> None:
         self.writer.save(self.engine, {"tokens": self.tokens, "data": self.stream.state(self.position)})
@@ -69,7 +99,7 @@ def train(job: Job, console: Console) -> StopSignals:
             started = time.perf_counter()
             batches = job.batches()
             result = engine.train_step(batches, job.loss)
-            job.position += job.config.train.rows_per_step
+            job.position = job.stream.next_position(job.position, config.train)
             if result.verdict == "rollback":
                 roll_back(job, result)
                 continue
@@ -80,7 +110,7 @@ def train(job: Job, console: Console) -> StopSignals:
                 values["validation"] = job.validate()
             job.metrics.record(engine.step, values, timing)
             if due(config.run.log_every, engine.step) or last or not result.applied:
-                report_step(job, result, timing)
+                report_step(job, result, values, timing)
             if due(config.checkpoint.every, engine.step) or last or asked:
                 job.save()
             progress.advance(engine.step, job.throughput.seconds_left(total - engine.step))
@@ -123,7 +153,7 @@ def roll_back(job: Job, result: StepResult) -> None:
 
 
 def describe_step(
-    job: Job, batches: list[PackedBatch], result: StepResult, seconds: float
+    job: Job, batches: Sequence[SequenceBatch], result: StepResult, seconds: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The records of one step: what is a function of config, seed and data, and what the machine decided."""
     by_source = [0] * len(job.stream.source_names)
@@ -140,7 +170,7 @@ def describe_step(
         "loss": result.loss,
         "lr": result.lr,
         "grad_norm": result.grad_norm,
-        "loss_tokens": result.loss_tokens,
+        **job.measures(result),
         "tokens": job.tokens,
         "position": job.position,
         "source_tokens": dict(zip(job.stream.source_names, by_source)),
@@ -150,7 +180,8 @@ def describe_step(
     return values, job.throughput.measure(seconds, tokens, pairs)
 
 
-def report_step(job: Job, result: StepResult, timing: dict[str, Any]) -> None:
+def report_step(job: Job, result: StepResult, values: dict[str, Any], timing: dict[str, Any]) -> None:
+    note = f"accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
     line = step_line(
         job.engine.step,
         job.config.train.total_steps,
@@ -161,7 +192,7 @@ def report_step(job: Job, result: StepResult, timing: dict[str, Any]) -> None:
         mfu=timing["mfu"],
         memory_bytes=timing["memory_bytes"],
         seconds_left=job.throughput.seconds_left(job.config.train.total_steps - job.engine.step),
-        note="" if result.applied else f"not applied: {result.reason}",
+        note=note if result.applied else f"not applied: {result.reason}",
     )
     log.info(line)
 
