@@ -58,9 +58,7 @@ def _validation_points(checked: Sequence[dict[str, Any]]) -> dict[str, list[tupl
     return found
 
 
-def _curves(
-    title: str, unit: str, records: Sequence[dict[str, Any]], key: str, *, by_domain: bool = False
-) -> Figure:
+def _curves(title: str, unit: str, records: Sequence[dict[str, Any]], key: str, *, by_domain: bool = False) -> Figure:
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         domains = record.get("domains") or {}

@@ -48,4 +48,6 @@ def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def frozen_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Everything of `model` that is not trained; buffers that follow from the config are left out."""
     parameters = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    return parameters + [(name, b) for name, b in model.named_buffers() if not b.is_floating_point() or ".scales" in name]
+    return parameters + [
+        (name, b) for name, b in model.named_buffers() if not b.is_floating_point() or ".scales" in name
+    ]

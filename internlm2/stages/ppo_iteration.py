@@ -313,7 +313,9 @@ def update(trainer: Trainer, experience: Experience, tokens: float) -> dict[str,
     rows_each = 0 if warming else pretrain_rows(trainer, tokens)
     for epoch in range(ppo.epochs):
         for rows in minibatches(len(experience.rollouts), ppo.minibatches, config.seed, number, epoch):
-            batches = policy_batches(experience, rows, ppo.micro_batch_tokens, parts_of_all_ranks(trainer, experience, rows))
+            batches = policy_batches(
+                experience, rows, ppo.micro_batch_tokens, parts_of_all_ranks(trainer, experience, rows)
+            )
             if models.critic is not None:
                 result = models.critic.train_step(batches, of_critic)
                 critic_steps.append(described("critic", result) | {"value_loss": result.loss})

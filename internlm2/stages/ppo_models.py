@@ -74,7 +74,9 @@ def build_models(
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
     if config.adapter.dropout > 0:
-        raise ConfigError("adapter.dropout must be 0 in PPO: with dropout the ratio is not 1 where nothing has changed.")
+        raise ConfigError(
+            "adapter.dropout must be 0 in PPO: with dropout the ratio is not 1 where nothing has changed."
+        )
     frozen: dict[str, nn.Module] = {}
     model = _language_model(config, policy, device)
     add_adapters(model, config.adapter, config.seed)

@@ -4,14 +4,12 @@
 leaves the metrics of a run that was never interrupted.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -42,7 +40,7 @@ from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import peak_memory_bytes
 from internlm2.stages.ppo_iteration import Iteration, Trainer, run_iteration
-from internlm2.stages.ppo_models import Models, build_models, check_machine
+from internlm2.stages.ppo_models import build_models, check_machine
 from internlm2.stages.ppo_samples import keep_rollouts
 from internlm2.stages.ppo_validation import Validation
 from internlm2.stages.preparation import open_stream
@@ -132,9 +130,7 @@ def run_round(
     prompts = PromptStream(config.prompts, config.seed)
     models = build_models(config, tokenizer, policy=policy, reference=reference or policy, reward=reward)
     kl = config.ppo.kl
-    trainer = Trainer(
-        config, models, tokenizer, prompts, stream, KLController(kl.coefficient, kl.target, kl.horizon)
-    )
+    trainer = Trainer(config, models, tokenizer, prompts, stream, KLController(kl.coefficient, kl.target, kl.horizon))
     trainer.progress.prompt_position = first_prompt
     round_ = start(trainer, directory)
     resumed = resume(round_)
@@ -248,9 +244,7 @@ def iteration_line(step: int, total: int, done: Iteration) -> str:
     return " | ".join(parts)
 
 
-def open_pretraining(
-    config: Config, directory: RunDirectory, console: Console
-) -> tuple[Tokenizer, TokenStream | None]:
+def open_pretraining(config: Config, directory: RunDirectory, console: Console) -> tuple[Tokenizer, TokenStream | None]:
     """The tokenizer of the weights, and the stream of the pretraining loss where it has a coefficient."""
     assert config.ppo is not None
     config.data.tokenizer = settle_tokenizer(config)
