@@ -25,6 +25,11 @@ class Together:
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values)
 
+    @property
+    def saves(self) -> bool:
+        """All of them lie on the same ranks in the same way."""
+        return next(iter(self.engines.values())).saves
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {prefix + name: shape for prefix, e in self.engines.items() for name, shape in e.shapes().items()}
 

@@ -107,7 +107,7 @@ def pack(rollouts: Sequence[Rollout]) -> Packed:
 
 
 def plan(sizes: Sequence[int], budget: int, parts: int = 1) -> list[list[int]]:
-    """Rows of `sizes` tokens into at least `parts` packs of at most `budget` tokens (a longer row is a pack of its own).
+    """Rows of `sizes` tokens into at least `parts` packs of at most `budget` tokens; a longer row is alone in one.
 
     Longest first, each into the first pack that has room: few packs, and rows of like lengths together. `parts` lets
     every rank make equally many passes, which sharded weights need.

@@ -9,7 +9,7 @@ Figure = dict[str, Any]
 
 def figures(records: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """{file name: figure} for evaluation/."""
-    checked = [record for record in records if record.get("validation")]
+    checked = [record for record in records if record.get("held_out")]
     drawn = {
         "ppo_reward_kl": _reward_against_kl(checked),
         "ppo_validation": _validation(checked),
@@ -51,7 +51,7 @@ def _validation(checked: Sequence[dict[str, Any]]) -> Figure:
 def _validation_points(checked: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for record in checked:
-        for domain, point in record["validation"].items():
+        for domain, point in record["held_out"].items():
             found.setdefault(domain, []).append((record["step"], point))
     if len(found) == 2:  # one domain is all of it
         found.pop(next(domain for domain in found if domain != "all"))

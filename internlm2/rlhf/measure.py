@@ -51,8 +51,8 @@ def answer_numbers(
     scores: Tensor, shaped: Tensor, logprobs: Tensor, reference: Tensor, bounds: Tensor, gold: Tensor | None = None
 ) -> AnswerNumbers:
     """scores, shaped [n]; logprobs of the policy and of the reference [A]."""
-    by_answer = [sum_of_answers(k(logprobs, reference).double(), bounds) for k in (k1, k3)]
-    return AnswerNumbers(scores.double(), shaped.double(), *by_answer, gold)
+    kl, kl_k3 = (sum_of_answers(k(logprobs, reference).double(), bounds) for k in (k1, k3))
+    return AnswerNumbers(scores.double(), shaped.double(), kl, kl_k3, gold)
 
 
 def by_domain(

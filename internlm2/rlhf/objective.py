@@ -71,9 +71,9 @@ def actor_loss(
 
     def loss(model: Any, batch: PolicyBatch | PretrainBatch) -> LossSum:
         if isinstance(batch, PretrainBatch):
-            rows = batch.batch
-            summed = model(rows.ids, rows.cu_seqlens, rows.max_seqlen, rows.labels)
-            counted = {"pretrain": summed.detach(), "pretrain_tokens": summed.new_tensor(float(rows.loss_tokens))}
+            documents = batch.batch
+            summed = model(documents.ids, documents.cu_seqlens, documents.max_seqlen, documents.labels)
+            counted = {"pretrain": summed.detach(), "pretrain_tokens": summed.new_tensor(float(documents.loss_tokens))}
             return LossSum(summed * batch.weight, 0, _all_parts(counted, summed))
         rows = batch.packed
         logprobs, entropy = model.logprobs(

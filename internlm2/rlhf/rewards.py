@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from internlm2.config import ConfigError
+from internlm2.data import toy_language
 from internlm2.data.answers import final_number, same_number
 from internlm2.data.chat import Message
 from internlm2.rlhf.rollout import Sample
@@ -59,5 +60,11 @@ def final_number_matches(sample: Sample) -> float:
     return float(same_number(final_number(sample.text), wanted))
 
 
+def toy_gold(sample: Sample) -> float:
+    """The toy language's exact quality of an answer in its prompt's domain: a measure, or a perfect teacher."""
+    prompt = sample.prompt
+    return toy_language.gold(prompt.turns, sample.text, prompt.domain, ended=sample.finish == "stop")
+
+
 # By the name that ppo.reward.rule and ppo.validation.gold give.
-RULES: dict[str, Callable[[Sample], float]] = {"final_number": final_number_matches}
+RULES: dict[str, Callable[[Sample], float]] = {"final_number": final_number_matches, "toy_gold": toy_gold}

@@ -121,7 +121,8 @@ def collect(
             answer.logprobs,
             answer.sampling_logprobs,
             answer.finish or "length",
-            parse_reply(answer.tokens, tokenizer),
+            # A model may have rows beyond its tokenizer's vocabulary: such an id stands for no text.
+            parse_reply([token for token in answer.tokens if token < tokenizer.vocab_size], tokenizer),
         )
         for answer in drawn
     ]

@@ -1,5 +1,7 @@
-"""What looks wrong in a PPO run, in words. Curves of reward and loss look healthy while a policy collapses (Zheng et al.
-2023, PPO-max): these are the numbers that show it, each with what it usually means.
+"""What looks wrong in a PPO run, in words.
+
+Curves of reward and loss look healthy while a policy collapses (Zheng et al. 2023, PPO-max): these are the numbers that
+show it, each with what it usually means.
 """
 
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ def _kl(now: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         return ""
     if kl < -1.0 and answers >= 16:
         return (
-            f"KL to the reference is {kl:.2f} nats an answer; a mean of samples from the policy should not be negative: "
+            f"KL to the reference is {kl:.2f} nats an answer, and no mean over a policy's own samples is: "
             "truncated sampling (top_p, top_k) or a sampler that is not the policy"
         )
     if kl > 50.0:

@@ -166,11 +166,9 @@ def run_iteration(trainer: Trainer) -> Iteration:
 def make_experience(trainer: Trainer, rollouts: list[Rollout]) -> tuple[Experience, AnswerNumbers, dict[str, Any]]:
     """Log-probabilities, values, scores and advantages of the answers: one model after another."""
     ppo, models = trainer.ppo, trainer.models
-    bounds = bounds_of(rollouts)
+    bounds, device = bounds_of(rollouts), models.actor.device
     packs = plan([sequence_tokens(rollout) for rollout in rollouts], ppo.micro_batch_tokens)
-    device, values = models.actor.device, {}
-    old, reference, more = policy_logprobs(trainer, rollouts, packs)
-    values |= more
+    old, reference, values = policy_logprobs(trainer, rollouts, packs)
     critic = torch.zeros_like(old)
     if models.critic is not None:
         with whole(models.critic) as model:
@@ -200,7 +198,8 @@ def policy_logprobs(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(policy's, reference's log-probabilities [A], what the two say about sampler, entropy and exact KL)."""
     ppo, models, device = trainer.ppo, trainer.models, trainer.models.actor.device
-    temperature, found = ppo.rollout.temperature, {}
+    temperature = ppo.rollout.temperature
+    found: dict[str, Any] = {}
     with whole(models.actor) as model:
         if ppo.old_logprobs == "recomputed":
             old, entropy = each_token(lambda row: token_numbers(model, row, temperature), rollouts, packs, device)
@@ -231,9 +230,9 @@ def check_drift(trainer: Trainer, old: Tensor, rollouts: Sequence[Rollout]) -> d
     found, limit = drift(old, rollouts, tempered, trainer.total), trainer.ppo.correction.stop_above
     if limit is not None and not found["kl"] <= limit:
         raise TrainingStopped(
-            f"Iteration {trainer.progress.iteration + 1}: sampler and trainer differ by {found['kl']:.3g} nats a token, "
-            f"more than ppo.correction.stop_above={limit}: what is sampled is not the policy that is trained. Nothing "
-            "was updated by it."
+            f"Iteration {trainer.progress.iteration + 1}: sampler and trainer differ by {found['kl']:.3g} nats a "
+            f"token, more than ppo.correction.stop_above={limit}: what is sampled is not the policy that is trained. "
+            "Nothing was updated by it."
         )
     return found
 

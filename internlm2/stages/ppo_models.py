@@ -73,10 +73,6 @@ def build_models(
     assert ppo is not None
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
-    if config.adapter.dropout > 0:
-        raise ConfigError(
-            "adapter.dropout must be 0 in PPO: with dropout the ratio is not 1 where nothing has changed."
-        )
     frozen: dict[str, nn.Module] = {}
     model = _language_model(config, policy, device)
     add_adapters(model, config.adapter, config.seed)
@@ -100,7 +96,15 @@ def build_models(
         critic_engine = build_engine(critic, config.engine, ppo.critic.optim, total)
     plain = model if config.adapter.kind == "none" else _merged_copy(config, model)
     sampler = _sampler(config, plain, tokenizer, device)
-    return Models(actor, critic_engine, ReferencePolicy(base, shared=shared), reward_function, sampler, plain, frozen)
+    return Models(
+        actor,
+        critic_engine,
+        ReferencePolicy(cast(CausalLM, base), shared=shared),
+        reward_function,
+        sampler,
+        plain,
+        frozen,
+    )
 
 
 @contextlib.contextmanager

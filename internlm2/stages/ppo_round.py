@@ -40,7 +40,7 @@ from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import peak_memory_bytes
 from internlm2.stages.ppo_iteration import Iteration, Trainer, run_iteration
-from internlm2.stages.ppo_models import build_models, check_machine
+from internlm2.stages.ppo_models import build_models
 from internlm2.stages.ppo_samples import keep_rollouts
 from internlm2.stages.ppo_validation import Validation
 from internlm2.stages.preparation import open_stream
@@ -121,9 +121,9 @@ def run_round(
     first_prompt     where in the prompt stream the round begins, so that rounds see different prompts
     after_iteration  called with the number of finished iterations and what the last one did, before it is saved
 
-    Raises ConfigError for what the user can mend, TrainingStopped and CheckpointError.
+    Whether the models fit into this machine is not asked here: `check_machine` does, before anything is loaded. Raises
+    ConfigError for what the user can mend, TrainingStopped and CheckpointError.
     """
-    check_machine(config)
     tokenizer, stream = open_pretraining(config, directory, console)
     assert config.ppo is not None
     assert config.prompts is not None
@@ -157,7 +157,7 @@ def train(
     trainer, progress, total = round_.trainer, round_.trainer.progress, round_.iterations
     with StopSignals() as stop, StepProgress(console, round_.run.path.name, total, progress.iteration) as bar:
         if not round_.records:
-            round_.metrics.record(0, {"validation": round_.validation.measure(trainer, 0)}, {})
+            round_.metrics.record(0, {"held_out": round_.validation.measure(trainer, 0)}, {})
             round_.records = read_records(round_.run.metrics)
         while progress.iteration < total:
             done = run_iteration(trainer)
@@ -192,7 +192,7 @@ def validate(round_: Round, done: Iteration, step: int, last: bool) -> bool:
     if trained < 1 or not (due(trainer.ppo.validation.every, trained) or last):
         return False
     measured = round_.validation.measure(trainer, step)
-    done.values["validation"] = measured
+    done.values["held_out"] = measured
     reward = measured["all"]["reward"]
     if trainer.progress.best is None or reward > trainer.progress.best["reward"]:
         trainer.progress.best = {"step": step, "reward": reward}
@@ -210,13 +210,13 @@ def record(round_: Round, done: Iteration, step: int) -> None:
         return
     facts = {"step": step, "precision": trainer.config.engine.dtype, "old_logprobs": trainer.ppo.old_logprobs}
     round_.records.append(done.values | facts)
-    if due(trainer.config.run.log_every, step) or "validation" in done.values:
+    if due(trainer.config.run.log_every, step) or "held_out" in done.values:
         log.info(iteration_line(step, round_.iterations, done))
     wrong = findings([r for r in round_.records if r.get("phase")])
     for name in wrong.keys() - round_.warned:
         log.warning("iteration %d: %s", step, wrong[name])
     round_.warned |= wrong.keys()
-    if "validation" in done.values or step == round_.iterations:
+    if "held_out" in done.values or step == round_.iterations:
         write_figures(round_, wrong)
 
 
@@ -239,8 +239,8 @@ def iteration_line(step: int, total: int, done: Iteration) -> str:
         *([f"clipped {v['clipped']:4.1%}"] if "clipped" in v else ["critic alone"]),
         " + ".join(f"{phase} {seconds:.1f}" for phase, seconds in done.seconds.items()) + " s",
     ]
-    if "validation" in v:
-        parts.append(f"validation {v['validation']['all']['score']:.3f}")
+    if "held_out" in v:
+        parts.append(f"held out {v['held_out']['all']['score']:.3f}")
     return " | ".join(parts)
 
 

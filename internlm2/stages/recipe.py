@@ -54,10 +54,11 @@ def summarise(root: Path, configs: Sequence[Config]) -> None:
     print()
     for config in configs:
         stage = read_stage(root / config.stage.name)
-        first = next((loss for loss in stage.column("loss") if loss is not None), math.nan)
+        what, key = ("score", "score") if config.stage.kind == "ppo" else ("training loss", "loss")
+        first = next((value for value in stage.column(key) if value is not None), math.nan)
         print(
             f"{stage.name:14}{stage.steps:>8,} steps {quantity(stage.tokens):>7} tokens   "
-            f"training loss {first:.3f} -> {stage.last('loss') or math.nan:.3f}   {duration(stage.seconds)}"
+            f"{what} {first:.3f} -> {stage.last(key) or math.nan:.3f}   {duration(stage.seconds)}"
         )
     last = configs[-1]
     print(f"report    {write_report(root)}")
