@@ -9,7 +9,7 @@ from internlm2.config.errors import ConfigError
 from internlm2.config.keys import key
 
 if TYPE_CHECKING:
-    from internlm2.config.schema import EngineConfig, ModelConfig
+    from internlm2.config.schema import Config, EngineConfig, ModelConfig
 
 ENGINES = ("single", "zero1", "zero2", "zero3")
 
@@ -44,15 +44,16 @@ def check_engine(engine: "EngineConfig", model: "ModelConfig") -> None:
         raise ConfigError(f"engine.zero.offload={engine.zero.offload} belongs to engine=zero1, zero2 or zero3.")
     if engine.zero.offload == "parameters" and engine.name != "zero3":
         raise ConfigError(
-            f"engine.zero.offload=parameters needs engine=zero3, which alone shards the parameters; engine={engine.name}"
-            " can offload the optimizer: engine.zero.offload=optimizer."
+            f"engine.zero.offload=parameters needs engine=zero3, which alone shards the parameters. "
+            f"engine={engine.name} can offload the optimizer: engine.zero.offload=optimizer."
         )
     if engine.zero.gather_bucket % 2:
         raise ConfigError(f"engine.zero.gather_bucket={engine.zero.gather_bucket} must be even.")
 
 
-def check_ranks(engine: "EngineConfig", rows_per_step: int, world_size: int) -> None:
+def check_ranks(config: "Config", world_size: int) -> None:
     """Raise ConfigError where the number of ranks does not fit the engine or the batch; checked once it is known."""
+    engine, rows_per_step = config.engine, config.train.rows_per_step
     if engine.name == "single" and world_size > 1:
         raise ConfigError(
             f"engine=single is one process, but the launcher started {world_size}: use engine=zero1, zero2 or zero3."
@@ -60,13 +61,11 @@ def check_ranks(engine: "EngineConfig", rows_per_step: int, world_size: int) -> 
     degree, group = engine.sequence_parallel, engine.zero.shard_group
     if world_size % degree:
         good = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ConfigError(
-            f"engine.sequence_parallel={degree} must divide the {world_size} ranks: use {_listed(good)}, or other ranks."
-        )
+        raise ConfigError(f"engine.sequence_parallel={degree} must divide the {world_size} ranks: use {_listed(good)}.")
     if group is not None and world_size % group:
         good = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ConfigError(f"engine.zero.shard_group={group} must divide the {world_size} ranks: use {_listed(good)}.")
-    if rows_per_step < world_size // degree:
+    if config.stage.kind in ("pretrain", "sft") and rows_per_step < world_size // degree:
         raise ConfigError(
             f"train.batch_tokens gives {rows_per_step} rows of train.seq_len a step, fewer than the "
             f"{world_size // degree} ranks that share them: raise train.batch_tokens, start fewer ranks, or let "

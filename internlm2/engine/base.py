@@ -90,10 +90,11 @@ class Engine(Protocol):
     `rank`, `world_size`: among all processes. `data_rank`, `data_ranks`: which share of the rows is this rank's; ranks
     that share a row (sequence parallelism) have the same. `reduce_sum` sums floats over all ranks in float64, the same
     result on each (an any() of flags can be read from a sum as well); `sum_over_data` sums what follows from the data,
-    which ranks that share a row count once. `rank_seconds` gives, on every rank, the seconds that each rank's own work took
-    in the last step, so that a slow one can be found. `whole()` is a context that gives the model as a plain module with all its
-    weights on every rank, to generate with or to measure. After writing to fragments call `fragments_changed()`; `saves`
-    says whether this rank's fragments belong into a checkpoint or are copies of another's.
+    which ranks that share a row count once. `rank_seconds` gives, on every rank, the seconds that each rank's own work
+    took in the last step, so that a slow one can be found. `whole()` is a context that gives the model as a plain
+    module with all its weights on every rank, to generate with or to measure. After writing to fragments call
+    `fragments_changed()`; `saves` says whether this rank's fragments belong into a checkpoint or are copies of
+    another's.
     """
 
     rank: int

@@ -1,8 +1,8 @@
 """Where DeepSpeed's flat partitions hold which piece of which parameter: what makes its state our checkpoint format.
 
-ZeRO 1 and 2 concatenate the parameters of an optimizer group and cut the whole into one partition a rank, so a rank owns
-some parameters and pieces of two more. ZeRO 3 cuts every parameter by itself. Either way this rank's fp32 weights,
-moments and pieces are flat tensors, into which the fragments are views.
+ZeRO 1 and 2 concatenate the parameters of an optimizer group and cut the whole into one partition a rank, so a rank
+owns some parameters and pieces of two more. ZeRO 3 cuts every parameter by itself. Either way this rank's fp32 weights
+and moments are flat tensors, into which the fragments are views.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Is every rank alive, and how far is it? What a hanging run leaves for its owner: stacks of all threads, and who is behind.
+"""How far is every rank? What a hanging run leaves for its owner: stacks of all threads, and who is behind.
 
 A rank that waits in a collective cannot say for whom. So each counts its own progress, in a file that the others can
 read; when one has made none for too long it writes its stacks, compares the counts and ends itself with the names of

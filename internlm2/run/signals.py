@@ -23,9 +23,9 @@ class StopSignals:
     """Context in which the stopping signals set a flag that the training loop reads between steps.
 
     `requested` is None or the signal. Over several ranks it is what they last agreed on (`agree`, between two steps),
-    since a signal reaches them at different moments and some of them not at all. A second SIGINT raises KeyboardInterrupt at
-    once; the checkpoints saved before are whole. Handlers that were there before are restored at the end. Outside the
-    main thread it sets no handlers (Python forbids it).
+    since a signal reaches them at different moments and some of them not at all. A second SIGINT raises
+    KeyboardInterrupt at once; the checkpoints saved before are whole. Handlers that were there before are restored at
+    the end. Outside the main thread it sets no handlers (Python forbids it).
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = _STOPPING) -> None:

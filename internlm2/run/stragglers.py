@@ -30,8 +30,8 @@ class Stragglers:
             if steps >= PATIENCE and step - self._said_at.get(rank, -SILENCE) >= SILENCE:
                 self._said_at[rank] = step
                 log.warning(
-                    "rank %d is a straggler: its forward passes took %.3g s in step %d, the median rank's %.3g s, and so "
-                    "for %d steps (engine.straggler_factor=%g)",
+                    "rank %d is a straggler: its forward passes took %.3g s in step %d, the median rank's %.3g s, "
+                    "and so for %d steps (engine.straggler_factor=%g)",
                     rank,
                     seconds[rank],
                     step,
