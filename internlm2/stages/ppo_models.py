@@ -15,7 +15,7 @@ from internlm2.config import Config, ConfigError
 from internlm2.config.ppo_memory import check_memory
 from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Engine
-from internlm2.engine.build import build_engine, prepare_device
+from internlm2.engine.build import build_engine, place_of_new_model, prepare_device
 from internlm2.engine.single import DTYPES
 from internlm2.generation.build import build_generator, describe_generation
 from internlm2.model.adapters import add_adapters, describe, merged_weights
@@ -46,7 +46,8 @@ class Models:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each frozen model's weights; under adapters the actor's own base is the reference."""
-        return {name: weights_hash(frozen_tensors(module)) for name, module in self.frozen.items()}
+        with self.actor.whole():
+            return {name: weights_hash(frozen_tensors(module)) for name, module in self.frozen.items()}
 
 
 def check_machine(config: Config) -> None:
@@ -74,7 +75,7 @@ def build_models(
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
     frozen: dict[str, nn.Module] = {}
-    model = _language_model(config, policy, device)
+    model = _language_model(config, policy, place_of_new_model(config.engine, device))
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info("actor %s", describe(model, config.adapter))
@@ -152,7 +153,11 @@ def _critic(config: Config, policy: Path, reward: Path | None, device: torch.dev
         raise ConfigError("ppo.critic.init=reward needs a reward model; this run's reward is a function: use policy.")
     source = reward if ppo.critic.init == "reward" and reward is not None else policy
     critic = ScalarModel.from_config(
-        config.model, device=device, attention=config.engine.attention, recompute=config.engine.recompute, seed=None
+        config.model,
+        device=place_of_new_model(config.engine, device),
+        attention=config.engine.attention,
+        recompute=config.engine.recompute,
+        seed=None,
     )
     load_scalar_weights(critic, open_weights(source), str(source), head_seed=config.seed)
     if config.adapter.kind != "none":

@@ -35,6 +35,7 @@ from internlm2.rlhf.rewards import RewardFunction
 from internlm2.rlhf.sanity import findings
 from internlm2.run.console import StepProgress
 from internlm2.run.directory import RunDirectory
+from internlm2.run.heartbeat import Heartbeat
 from internlm2.run.metrics import Metrics, read_records
 from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
@@ -155,22 +156,27 @@ def train(
 ) -> StopSignals:
     """Iterate to the end or a signal; either way the iteration is saved."""
     trainer, progress, total = round_.trainer, round_.trainer.progress, round_.iterations
-    with StopSignals() as stop, StepProgress(console, round_.run.path.name, total, progress.iteration) as bar:
-        if not round_.records:
-            round_.metrics.record(0, {"held_out": round_.validation.measure(trainer, 0)}, {})
-            round_.records = read_records(round_.run.metrics)
+    actor, title = trainer.models.actor, round_.run.path.name
+    alive = Heartbeat(round_.run.path, actor.rank, actor.world_size, trainer.config.engine.hang_seconds)
+    with StopSignals() as stop, alive, StepProgress(console, title, total, progress.iteration) as bar:
+        if progress.iteration == 0:
+            first = {"held_out": round_.validation.measure(trainer, 0)}
+            round_.metrics.record(0, first, {})
+            round_.records = [{"step": 0, **first}]
         while progress.iteration < total:
             done = run_iteration(trainer)
             step = progress.iteration
-            last, asked = step == total, trainer.models.actor.reduce_sum([float(stop.requested is not None)])[0] > 0
+            alive.beat(f"iteration {step}")
+            last, asked = step == total, stop.agree(actor.reduce_sum)
             best = validate(round_, done, step, last)
             record(round_, done, step)
-            if keeps(trainer, step) and trainer.models.actor.rank == 0:
+            if keeps(trainer, step):
                 keep_rollouts(round_.run, f"rollouts_{step:08d}", done.rollouts, done.numbers)
             if after_iteration is not None:
                 after_iteration(step, done)
             if due(trainer.config.checkpoint.every, step) or last or asked or best:
                 round_.save()
+                alive.beat(f"the save of iteration {step}")
             bar.advance(step, None)
             if asked:
                 break
@@ -206,7 +212,7 @@ def record(round_: Round, done: Iteration, step: int) -> None:
     trainer, seconds = round_.trainer, sum(done.seconds.values())
     timing = {"seconds": seconds, **done.seconds, "tokens": done.tokens, "tokens_per_second": done.tokens / seconds}
     round_.metrics.record(step, done.values, timing | {"memory_bytes": peak_memory_bytes()})
-    if trainer.models.actor.rank:
+    if not round_.run.writes:
         return
     facts = {"step": step, "precision": trainer.config.engine.dtype, "old_logprobs": trainer.ppo.old_logprobs}
     round_.records.append(done.values | facts)
@@ -250,11 +256,13 @@ def open_pretraining(config: Config, directory: RunDirectory, console: Console) 
     config.data.tokenizer = settle_tokenizer(config)
     if config.ppo.pretrain.coefficient == 0:
         tokenizer = make_tokenizer(config.data, {}, {}, Path(config.data.cache_dir).expanduser())
-        tokenizer.save(directory.path / "tokenizer")
+        if directory.writes:
+            tokenizer.save(directory.path / "tokenizer")
         return tokenizer, None
     weights = {name: weight for name, weight in config.data.weights[config.stage.name].items() if weight > 0}
     tokenizer, corpus = prepare(config.data, config.model.vocab_size, console.is_terminal, weights)
-    tokenizer.save(directory.path / "tokenizer")
+    if directory.writes:
+        tokenizer.save(directory.path / "tokenizer")
     return tokenizer, open_stream(config.data, corpus, weights, config)
 
 
@@ -275,7 +283,7 @@ def start(trainer: Trainer, directory: RunDirectory) -> Round:
         trainer,
         directory,
         Together(engines),
-        Metrics(directory, config.run.wandb, config=asdict(config), enabled=actor.rank == 0),
+        Metrics(directory, config.run.wandb, config=asdict(config), enabled=directory.writes),
         writer,
         Validation(trainer, directory),
         models.hashes(),
@@ -348,15 +356,18 @@ def export(round_: Round, step: int) -> None:
     config, folder, tokenizer = trainer.config, step_directory(run.checkpoints, step), run.path / "tokenizer"
     if not config.checkpoint.export:
         return
-    if config.adapter.kind == "none":
-        weights = open_weights(folder)
-    else:
+    if config.adapter.kind != "none":
         CheckpointReader(folder).restore(cast(Engine, round_.together))
-        model = cast(CausalLM, trainer.models.actor.model)
-        weights = merged_weights(model, config.adapter, tokenizer)
-        save_adapter(run.path / "adapter", config.adapter, config.model, model.named_parameters())
-    dtype = DTYPES[config.engine.dtype]
-    written = export_weights(weights, run.export, dtype=dtype, tokenizer=tokenizer, overwrite=True)
+    with trainer.models.actor.whole() as model:
+        if not run.writes:
+            return
+        if config.adapter.kind == "none":
+            weights = open_weights(folder)
+        else:
+            weights = merged_weights(cast(CausalLM, model), config.adapter, tokenizer)
+            save_adapter(run.path / "adapter", config.adapter, config.model, model.named_parameters())
+        dtype = DTYPES[config.engine.dtype]
+        written = export_weights(weights, run.export, dtype=dtype, tokenizer=tokenizer, overwrite=True)
     log.info("exported iteration %d to %s (official InternLM2 layout, %s)", step, written.folder, config.engine.dtype)
 
 

@@ -15,6 +15,8 @@ def keep_rollouts(run: RunDirectory, name: str, rollouts: Sequence[Rollout], num
     `rollouts_<iteration>` are the training answers of an iteration; `validation_<iteration>` those to the held-out
     prompts, which are the same in every iteration: early and late policies can be compared prompt by prompt.
     """
+    if not run.writes:
+        return
     run.samples.mkdir(exist_ok=True)
     lines = []
     for row, rollout in enumerate(rollouts):

@@ -42,8 +42,8 @@ class Validation:
         shaped = shape(trainer, scores, rollouts, training=False)
         gold = None if self.gold is None else torch.tensor(self.gold(samples), dtype=torch.float64)
         numbers = answer_numbers(scores, shaped, logprobs, reference, bounds_of(rollouts), gold)
-        if actor.rank == 0:
-            keep_rollouts(self.run, f"validation_{step:08d}", rollouts, numbers)
+        keep_rollouts(self.run, f"validation_{step:08d}", rollouts, numbers)
+        if self.run.writes:
             text = readable(rollouts, numbers, SHOWN)
             (self.run.samples / f"step_{step:08d}.txt").write_text(text, encoding="utf-8")
         domains = {question.prompt.domain for question in self.questions}
