@@ -2,6 +2,7 @@
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.generation import FrozenConfig, GenerationConfig
+from internlm2.config.reward import RewardConfig
 from internlm2.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "LengthBucketConfig",
     "ModelConfig",
     "OptimConfig",
+    "RewardConfig",
     "RopeScalingConfig",
     "RunConfig",
     "SourceConfig",

@@ -18,12 +18,12 @@ from internlm2.run.directory import RunDirectory
 from internlm2.run.provenance import record_end
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.run.stage_summary import read_stage
-from internlm2.stages import pretrain, sft
+from internlm2.stages import pretrain, reward, sft
 from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
 
-STAGES = {"pretrain": pretrain.run, "sft": sft.run}
+STAGES = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run}
 
 
 def run_stages(configs: Sequence[Config]) -> None:
