@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import compose_stages, describe, register_schema
+from internlm2.config.zero import check_ranks
+from internlm2.run.ranks import ending_at_once, from_environment
 
 register_schema()
 
@@ -25,6 +27,7 @@ def main(composed: DictConfig) -> None:
         from internlm2.data.sources import check_sources
 
         for config in configs:
+            check_ranks(config, from_environment().world_size)
             check_sources(config.data)
         from internlm2.stages.recipe import run_stages  # torch is imported from here on
 
@@ -34,13 +37,14 @@ def main(composed: DictConfig) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Exit code 2: bad input. (0 finished; 130 or 143 stopped by a signal after saving.)"""
+    """Exit code 2: bad input. (0 finished; 128 + its number stopped by a signal after saving.)"""
     print(f"error: {describe(error)}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        with ending_at_once():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(error)

@@ -2,7 +2,7 @@
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.generation import FrozenConfig, GenerationConfig
-from internlm2.config.reward import RewardConfig
+from internlm2.config.reward import BarrierConfig, RewardConfig
 from internlm2.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -24,6 +24,7 @@ from internlm2.config.schema import (
 
 __all__ = [
     "AdapterConfig",
+    "BarrierConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

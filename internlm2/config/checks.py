@@ -11,6 +11,7 @@ from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
 from internlm2.config.reward import check_reward
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
+from internlm2.config.zero import check_engine
 
 
 def check(config: Config) -> None:
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
+    check_engine(config.engine, config.model)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
     if config.stage.kind == "reward":

@@ -13,6 +13,7 @@ from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
 from internlm2.config.reward import RewardConfig
+from internlm2.config.zero import ENGINES, ZeroConfig
 
 
 @dataclass
@@ -145,7 +146,7 @@ class AdapterConfig:
 class EngineConfig:
     """How one training step runs on the hardware."""
 
-    name: str = _key(choices=("single",))
+    name: str = _key(choices=ENGINES)
     device: str = _key(choices=("auto", "cpu", "cuda"))
     dtype: str = _key(choices=("bf16", "fp32"))
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
@@ -154,6 +155,11 @@ class EngineConfig:
     on_nonfinite: str = _key(choices=("skip", "stop", "rollback"))
     spike_factor: float | None = _key(minimum=1.0)
     max_bad_steps: int = _key(minimum=1)
+    sequence_parallel: int = _key(minimum=1)
+    collective_seconds: float = _key(minimum=1.0)
+    hang_seconds: float | None = _key(minimum=1.0)
+    straggler_factor: float = _key(minimum=1.0)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 @dataclass
@@ -200,6 +206,7 @@ class CheckpointConfig:
     every: int | None = _key(minimum=1)
     keep_last: int = _key(minimum=1)
     keep_every: int | None = _key(minimum=1)
+    keep_best: bool = MISSING
     asynchronous: bool = MISSING
     export: bool = MISSING
 

@@ -75,10 +75,10 @@ class HeldOutPairs:
             return LossSum(scores.sum(), batch.loss_tokens)
 
         units = [[int(pair)] for pair in pairs]
-        batches = self.stream.divide(self.table, units, self.micro_batch, engine.rank, engine.world_size, domain)
+        batches = self.stream.divide(self.table, units, self.micro_batch, engine.data_rank, engine.data_ranks, domain)
         engine.evaluate(batches, judge)
         # Each pair was judged on one rank; the others hold zeros.
-        sums = engine.reduce_sum([score for pair in pairs for score in found[int(pair)]])
+        sums = engine.sum_over_data([score for pair in pairs for score in found[int(pair)]])
         both = np.array(sums, np.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from internlm2.config import Config, RewardConfig
-from internlm2.config.start import initial_weights
+from internlm2.config import Config, ConfigError, RewardConfig
 from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.pair_batch import PairBatch
 from internlm2.data.preference_pairs import PreferencePairs
@@ -26,15 +25,13 @@ from internlm2.engine.build import build_engine, prepare_device
 from internlm2.engine.single import DTYPES
 from internlm2.model.adapters import add_adapters, describe, merged_weights, save_adapter, set_dropout_step
 from internlm2.model.export import REWARD_SETTINGS, export_weights
-from internlm2.model.layouts import REWARD_HEAD
-from internlm2.model.scalar import ScalarModel, load_scalar_weights
+from internlm2.model.scalar import ScalarModel
 from internlm2.model.weights import open_weights
 from internlm2.rlhf.conditions import Conditions
 from internlm2.rlhf.held_out_pairs import HeldOutPairs
 from internlm2.rlhf.reward_loss import describe_result, reward_loss
 from internlm2.run.directory import RunDirectory
-from internlm2.stages import handover
-from internlm2.stages.preparation import mark_finished, run_job
+from internlm2.stages.preparation import mark_finished, run_job, start_model
 from internlm2.stages.reward_figures import figures, verdict_table
 
 log = logging.getLogger(__name__)
@@ -56,7 +53,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     assert settings is not None  # config.checks has seen to it
     device = prepare_device(config.engine)
     data = load_preferences(config, settings, directory, console)
-    model = start_model(config, device, data.tokenizer, directory)
+    model = start_model(ScalarModel, config, device, data.tokenizer, directory)
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
@@ -78,7 +75,9 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
         return stop.exit_code
 
     conclude(data, engine, directory)
-    export(model, config, directory)
+    with engine.whole():
+        if directory.writes:
+            export(model, config, directory)
     mark_finished(job)
     return 0
 
@@ -102,35 +101,9 @@ def load_preferences(config: Config, settings: RewardConfig, directory: RunDirec
         log.info("data: %s", ", ".join(f"{key} {value}" for key, value in row.items()))
     directory.write_json("data.json", rows)
     held_out = HeldOutPairs(stream, settings, config.train.micro_batch) if len(pairs.held_out) else None
+    if held_out is None and config.checkpoint.keep_best:
+        raise ConfigError("checkpoint.keep_best=true needs held-out pairs: raise data.validation_fraction.")
     return Preferences(tokenizer, conditions, stream, held_out)
-
-
-def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory) -> ScalarModel:
-    """The backbone of `init_from` with a new head, or with the head that is there; writes handover.json."""
-    source = initial_weights(config)
-    model = ScalarModel.from_config(
-        config.model,
-        device=device,
-        attention=config.engine.attention,
-        recompute=config.engine.recompute,
-        seed=config.seed if source is None else None,
-    )
-    if source is None:
-        log.info("reward model %s: random, seed %d", config.model.name, config.seed)
-        return model
-    weights, table = handover.check(source, config, tokenizer)
-    head_seed = None if REWARD_HEAD in weights.dtypes else config.seed
-    load_scalar_weights(model, weights, str(source), head_seed)
-    handover.show(table)
-    log.info(
-        "reward model %s from %s, %s; reward token %d",
-        config.model.name,
-        source,
-        "with its head" if head_seed is None else f"with a new head, seed {head_seed}",
-        tokenizer.special_id(REWARD_TOKEN),
-    )
-    directory.write_json("handover.json", handover.as_rows(table))
-    return model
 
 
 def conclude(data: Preferences, engine: Engine, directory: RunDirectory) -> None:
