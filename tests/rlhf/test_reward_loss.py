@@ -1,4 +1,4 @@
-"""The reward model's loss through an engine: any split over micro-batches and ranks is the same step; held-out verdicts."""
+"""The reward model's loss through an engine: any split over micro-batches and ranks is one step; held-out verdicts."""
 
 from dataclasses import replace
 
