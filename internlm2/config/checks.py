@@ -30,12 +30,31 @@ def check(config: Config) -> None:
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
         _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
+        _check_ppo_engine(config)
     if config.ppo is None or config.ppo.pretrain.coefficient > 0:
         _check_mixture(config)
     _check_tokenizer(config)
     if config.stage.previous is None and config.init_from == "previous":
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
+        )
+
+
+def _check_ppo_engine(config: Config) -> None:
+    if config.engine.on_nonfinite == "rollback":
+        raise ConfigError(
+            "engine.on_nonfinite=rollback returns to an older position of a data stream, but PPO's data are its own "
+            "answers: use skip or stop."
+        )
+    if config.engine.sequence_parallel > 1:
+        raise ConfigError(
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: PPO reads log-probabilities at single "
+            "positions of whole rows; use engine.sequence_parallel=1."
+        )
+    if config.adapter.kind != "none" and config.adapter.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.adapter.dropout:g}: with dropout the ratio is not 1 where nothing has changed; "
+            "use adapter.dropout=0 in PPO."
         )
 
 
