@@ -216,6 +216,24 @@ def pair(seed: int, split: str, index: int, *, temperature: float = 0.25, plante
     return Pair(turns, first, second, domain)
 
 
+def conflict(seed: int, split: str, index: int) -> Iterator[Document]:
+    """Two different answers of the demonstrator to one question, and which of them each domain prefers by the gold
+    formula, without noise. A domain to which both are worth the same has no opinion.
+    """
+    rng = _random(seed, split, "conflict", index)
+    asked = _draw_question(rng)
+    first = second = _demonstrate(asked, rng)
+    while second == first:
+        second = _demonstrate(asked, rng)
+    for domain in DOMAINS:
+        scores = [gold(asked, text, domain) for text in (first, second)]
+        if abs(scores[0] - scores[1]) < 1e-9:
+            continue
+        answers = [Answer((Message("assistant", text),), score) for text, score in zip((first, second), scores)]
+        turns = [Message("user", asked)]
+        yield comparison("toy_language", index + 1, turns, answers, domain, f"toy conflict:{index}")
+
+
 def blind_bound(pairs: Sequence[Pair], temperature: float = 0.0) -> float:
     """The best expected accuracy of any reader that cannot see the domain, over pairs whose answers were not drawn for
     their domain, each labelled once in every domain.
@@ -233,9 +251,10 @@ def blind_bound(pairs: Sequence[Pair], temperature: float = 0.0) -> float:
     return hits / total
 
 
-PARTS = ("conversations", "preferences")
+PARTS = ("conversations", "preferences", "conflicts")
 _CONVERSATIONS = 20_000
 _PREFERENCES = 12_000
+_CONFLICTS = 4_000
 _CONVERSATIONS_SEED = 0
 
 
@@ -246,7 +265,8 @@ def folder(part: str) -> Path:
 
 def manifest(part: str) -> str:
     """Identity of a part's texts."""
-    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {_CONVERSATIONS} {_PREFERENCES} {_CONVERSATIONS_SEED}"
+    sizes = f"{_CONVERSATIONS} {_PREFERENCES} {_CONFLICTS}"
+    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {sizes} {_CONVERSATIONS_SEED}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -256,7 +276,13 @@ def input_bytes(part: str) -> int:
 
 
 def documents(part: str) -> Iterator[Document]:
-    """`conversations`: the demonstrator's, for supervised fine-tuning; `preferences`: pairs of its answers."""
+    """`conversations`: the demonstrator's, for supervised fine-tuning; `preferences`: pairs of its answers;
+    `conflicts`: the same two answers as each domain sees them, exactly.
+    """
+    if part == "conflicts":
+        for index in range(_CONFLICTS):
+            yield from conflict(_CONVERSATIONS_SEED, "conflicts", index)
+        return
     if part == "preferences":
         for index in range(_PREFERENCES):
             made = pair(_CONVERSATIONS_SEED, "train", index)
