@@ -63,6 +63,7 @@ class RoundsConfig:
     start: str = key(choices=("sft", "previous"))
     prompts: int = key(minimum=1)
     early: float = key(minimum=0.0, maximum=1.0)
+    signal: str | None = MISSING
     hacks: HacksConfig = field(default_factory=HacksConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)

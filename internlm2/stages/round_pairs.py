@@ -35,7 +35,8 @@ def preferences(root: Path, number: int, seed: int, config: RoundsConfig, work: 
                 records = []
             share = config.audit.share if path == "slow" and config.audit.enabled else 0.0
             for model, target in targets.items():
-                write_lines(target, (r for r in records if for_audit(_asked(r), share) == (model == "audit")))
+                mine = [r for r in records if for_audit(_asked(r), share) == (model == "audit")]
+                write_lines(target, map(work.shown, mine))
     return {model: [file for file in sorted((folder / model).glob("*.jsonl")) if read_lines(file)] for model in models}
 
 

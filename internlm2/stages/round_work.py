@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from internlm2.rlhf.annotation import Annotator
 from internlm2.rlhf.answers import Answer
@@ -28,7 +29,7 @@ class Work:
     one round of PPO. `checkpoints(directory)`: weights of its early and of its last policy. `answers(weights, prompts,
     seed)`: texts for a list of prompts (answers without text). `scorer(weights)`: a function that scores answers.
     `annotator(folder)`: who compares, or None. `gold`: the exact quality of an answer where it is known; it is
-    reported, and nothing else.
+    reported, and nothing else. `shown(pair)`: a preference record as the reward model sees it.
     """
 
     train_reward: Callable[[Path, Sequence[Path], bool], Path]
@@ -41,6 +42,7 @@ class Work:
     fixed_prompts: list[Answer]
     gold: Callable[[Answer], float] | None = None
     signal: Callable[[Answer], float] | None = None
+    shown: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
