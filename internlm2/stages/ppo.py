@@ -33,11 +33,12 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
 
     A rule needs no training between rounds, so that with ppo.reward.kind=rule there is one round, in `directory` itself.
     """
+    assert config.rounds is not None
     check_machine(config)
     policy, reward = initial_weights(config), reward_model(config)
     if policy is None:
         raise ConfigError("stage=ppo starts from a policy: set init_from to an SFT run, an export, or smollm2.")
-    if reward is None or config.rounds.count == 1 and config.ppo.reward.kind == "rule":
+    if reward is None:
         return run_round(config, directory, console, policy=policy).code
     models = RoundModels(config, console, policy, reward)
     record_start(directory, step=0, config=OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -54,6 +55,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
 
 def finish(config: Config, directory: RunDirectory, rounds: list[dict[str, Any]]) -> None:
     """One record a round, the figures of the report, export/ of the last round, and the mark that all is done."""
+    assert config.ppo is not None
     write_lines(directory.metrics, ({"step": one["round"], **one["fixed"]["late"]} for one in rounds))
     for name, figure in figures(rounds, directory.path).items():
         directory.write_json(f"evaluation/{name}.json", figure)
@@ -68,6 +70,7 @@ def finish(config: Config, directory: RunDirectory, rounds: list[dict[str, Any]]
 
 def reward_model(config: Config) -> Path | None:
     """Where the reward model of ppo.reward lies; None for a rule."""
+    assert config.ppo is not None
     reward = config.ppo.reward
     if reward.kind == "rule":
         return None

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from internlm2.config import Config, ConfigError, SourceConfig
 from internlm2.config.compose import to_config
+from internlm2.config.ppo import PPOConfig
+from internlm2.config.rounds import RoundsConfig
 from internlm2.data.chat import Message, parse_reply, render
 from internlm2.data.prompts import Prompt, PromptStream
 from internlm2.data.tokenizer import load_tokenizer
@@ -26,7 +28,7 @@ from internlm2.rlhf.annotation import Annotator, EndpointAnnotator, FileAnnotato
 from internlm2.rlhf.answers import Answer
 from internlm2.rlhf.rewards import ModelReward, RuleReward
 from internlm2.rlhf.rollout import Sample
-from internlm2.rlhf.scoring import RewardModel
+from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.directory import RunDirectory
 from internlm2.stages import reward
 from internlm2.stages.ppo_round import run_round
@@ -49,9 +51,22 @@ class RoundModels:
     sft: Path
     reward: Path
 
+    @property
+    def ppo(self) -> PPOConfig:
+        """The group ppo, which stage=ppo has."""
+        assert self.config.ppo is not None
+        return self.config.ppo
+
+    @property
+    def rounds(self) -> RoundsConfig:
+        """The group rounds, which stage=ppo has."""
+        assert self.config.rounds is not None
+        return self.config.rounds
+
     def work(self) -> Work:
         """The functions that the rounds call."""
-        rules = self.config.ppo.validation.gold, self.config.rounds.signal
+        assert self.config.prompts is not None
+        rules = self.ppo.validation.gold, self.rounds.signal
         gold, signal = (None if name is None else _rule(name) for name in rules)
         prompts = PromptStream(self.config.prompts, self.config.seed)
         return Work(
@@ -62,7 +77,7 @@ class RoundModels:
             scorer=self.scorer,
             annotator=self.annotator,
             prompts=lambda number: self._collection(prompts, number),
-            fixed_prompts=[_asked(prompt) for prompt in prompts.held_out(self.config.ppo.validation.rows)],
+            fixed_prompts=[_asked(prompt) for prompt in prompts.held_out(self.ppo.validation.rows)],
             gold=gold,
             signal=signal,
             shown=self.shown,
@@ -70,7 +85,7 @@ class RoundModels:
 
     def shown(self, pair: dict[str, Any]) -> dict[str, Any]:
         """A preference record as the reward model sees it: without the policy's system turn where that is dropped."""
-        keeps = self.config.ppo.reward.system_turn == "keep"
+        keeps = self.ppo.reward.system_turn == "keep"
         return pair | {"prompt": [turn for turn in pair["prompt"] if keeps or turn["role"] != "system"]}
 
     def train_reward(self, directory: Path, files: Sequence[Path], audit: bool) -> Path:
@@ -122,15 +137,15 @@ class RoundModels:
             policy=start,
             reference=self.sft,
             reward=reward_model,
-            first_prompt=(number - 1) * self._iterations() * config.ppo.prompts_per_iteration,
+            first_prompt=(number - 1) * self._iterations() * self.ppo.prompts_per_iteration,
         )
         if result.code:
             raise Stopped(result.code)
 
     def early_step(self) -> int:
         """Iteration of the early checkpoint, at a multiple of checkpoint.every so that it is saved."""
-        ppo, every = self.config.ppo, self.config.checkpoint.every or 1
-        return max(1, round((ppo.critic_warmup + self.config.rounds.early * ppo.iterations) / every)) * every
+        ppo, every = self.ppo, self.config.checkpoint.every or 1
+        return max(1, round((ppo.critic_warmup + self.rounds.early * ppo.iterations) / every)) * every
 
     def checkpoints(self, directory: Path) -> tuple[Path, Path]:
         """The early checkpoint and the exported policy of a round."""
@@ -138,7 +153,7 @@ class RoundModels:
 
     def answers(self, weights: Path, prompts: Sequence[Answer], seed: int) -> list[Answer]:
         """One sampled answer to each prompt, with PPO's sampling parameters."""
-        rollout, device = self.config.ppo.rollout, prepare_device(self.config.engine)
+        rollout, device = self.ppo.rollout, prepare_device(self.config.engine)
         tokenizer = load_tokenizer(_tokenizer_folder(weights))
         model = load_model(weights, device=device, dtype=DTYPES[self.config.engine.dtype])
         model.eval()
@@ -165,13 +180,13 @@ class RoundModels:
     def scorer(self, weights: Path) -> Score:
         """A reward model, as PPO asks it."""
         device = prepare_device(self.config.engine)
-        model = RewardModel.load(weights, device=device, dtype=DTYPES[self.config.engine.dtype])
-        judge = ModelReward(model, self.config.ppo.reward.system_turn)
+        model = RewardScorer.load(weights, device=device, dtype=DTYPES[self.config.engine.dtype])
+        judge = ModelReward(model, self.ppo.reward.system_turn)
         return lambda answers: judge([_sample(answer) for answer in answers])
 
     def annotator(self, folder: Path) -> Annotator | None:
         """Who compares answers, as rounds.annotation says."""
-        settings, seed = self.config.rounds.annotation, self.config.seed
+        settings, seed = self.rounds.annotation, self.config.seed
         if settings.kind == "files":
             return FileAnnotator(folder)
         if settings.kind == "function":
@@ -185,10 +200,10 @@ class RoundModels:
 
     def _collection(self, prompts: PromptStream, number: int) -> list[Answer]:
         first = _COLLECTION + number * _ROUND
-        return [_asked(prompts[first + place]) for place in range(self.config.rounds.prompts)]
+        return [_asked(prompts[first + place]) for place in range(self.rounds.prompts)]
 
     def _iterations(self) -> int:
-        return self.config.ppo.critic_warmup + self.config.ppo.iterations
+        return self.ppo.critic_warmup + self.ppo.iterations
 
 
 def load_run_config(run: Path) -> Config:
@@ -201,7 +216,7 @@ def load_run_config(run: Path) -> Config:
         )
     values = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
     merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-    assert OmegaConf.is_dict(merged)
+    assert isinstance(merged, DictConfig)
     return to_config(merged)
 
 
