@@ -10,6 +10,7 @@ from typing import Any
 from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
+from internlm2.config.zero import check_engine
 
 
 def check(config: Config) -> None:
@@ -19,18 +20,38 @@ def check(config: Config) -> None:
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
+    check_engine(config.engine, config.model)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
         _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
+        _check_ppo_engine(config)
     if config.ppo is None or config.ppo.pretrain.coefficient > 0:
         _check_mixture(config)
     _check_tokenizer(config)
     if config.stage.previous is None and config.init_from == "previous":
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
+        )
+
+
+def _check_ppo_engine(config: Config) -> None:
+    if config.engine.on_nonfinite == "rollback":
+        raise ConfigError(
+            "engine.on_nonfinite=rollback returns to an older position of a data stream, but PPO's data are its own "
+            "answers: use skip or stop."
+        )
+    if config.engine.sequence_parallel > 1:
+        raise ConfigError(
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: PPO reads log-probabilities at single "
+            "positions of whole rows; use engine.sequence_parallel=1."
+        )
+    if config.adapter.kind != "none" and config.adapter.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.adapter.dropout:g}: with dropout the ratio is not 1 where nothing has changed; "
+            "use adapter.dropout=0 in PPO."
         )
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from internlm2.config.cluster import ClusterConfig, LaunchConfig
 from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
+from internlm2.config.zero import ENGINES, ZeroConfig
 
 
 @dataclass
@@ -144,7 +146,7 @@ class AdapterConfig:
 class EngineConfig:
     """How one training step runs on the hardware."""
 
-    name: str = _key(choices=("single",))
+    name: str = _key(choices=ENGINES)
     device: str = _key(choices=("auto", "cpu", "cuda"))
     dtype: str = _key(choices=("bf16", "fp32"))
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
@@ -153,6 +155,11 @@ class EngineConfig:
     on_nonfinite: str = _key(choices=("skip", "stop", "rollback"))
     spike_factor: float | None = _key(minimum=1.0)
     max_bad_steps: int = _key(minimum=1)
+    sequence_parallel: int = _key(minimum=1)
+    collective_seconds: float = _key(minimum=1.0)
+    hang_seconds: float | None = _key(minimum=1.0)
+    straggler_factor: float = _key(minimum=1.0)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 @dataclass
@@ -199,6 +206,7 @@ class CheckpointConfig:
     every: int | None = _key(minimum=1)
     keep_last: int = _key(minimum=1)
     keep_every: int | None = _key(minimum=1)
+    keep_best: bool = MISSING
     asynchronous: bool = MISSING
     export: bool = MISSING
 
@@ -251,6 +259,9 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plan: bool = MISSING
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     # Of stage=ppo alone; null elsewhere.

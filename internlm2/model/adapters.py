@@ -5,6 +5,7 @@ or 8 bits (Dettmers et al. 2023; here with `internlm2.ops.quantized_linear`). On
 checkpoints hold nothing else. One LoRA on the fused wqkv is exactly three with a common A on q, k and v.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -116,6 +117,22 @@ def reset_adapters(model: nn.Module, config: AdapterConfig, seed: int) -> None:
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trainable parameters, by the names that engines and checkpoints use."""
     return ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """For a while, the function of the frozen weights alone: what the model was before its adapters were trained."""
+    layers = list(_layers(model).values())
+    trainable = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trainable:  # peft makes parameters untrainable with their adapter
+            parameter.requires_grad_(True)
 
 
 def set_dropout_step(model: nn.Module, step: int) -> None:

@@ -65,7 +65,8 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """ids [T] int64, cu_seqlens [n + 1] int32 -> one number for each position, [T] float32 (float64 stays)."""
-        return self.v_head(self.model(ids, cu_seqlens, max_seqlen))
+        values, ranks = self.v_head(self.model(ids, cu_seqlens, max_seqlen)), self.model.sequence_parallel
+        return values if ranks is None else ranks.gather(values, len(ids))
 
     def scores(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """The number at the last token of each sequence, [n] float32. Its place comes from the lengths alone."""

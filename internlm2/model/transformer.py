@@ -18,7 +18,10 @@ from internlm2.model.initialization import initialize
 from internlm2.model.loss import cross_entropy_sum, token_cross_entropy, token_logprobs
 from internlm2.model.norm import RMSNorm
 from internlm2.model.rope import RopeTables
+from internlm2.model.sequence_parallel import SequenceParallel
 from internlm2.ops import Linear, rope_attention
+
+IGNORE = -100  # the label of a position without a loss
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Packing:
     sin: Tensor
     table_offsets: Tensor | None  # [n] int32
     backend: str
+    ranks: SequenceParallel | None = None  # that share the row
 
 
 class Attention(nn.Module):
@@ -43,8 +47,11 @@ class Attention(nn.Module):
         self.wo = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        qkv = self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim)
+        if packing.ranks is not None:
+            qkv = packing.ranks.scatter_groups(qkv)
         out = rope_attention(
-            self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim),
+            qkv,
             packing.cos,
             packing.sin,
             packing.cu_seqlens,
@@ -52,6 +59,8 @@ class Attention(nn.Module):
             table_offsets=packing.table_offsets,
             backend=packing.backend,
         )
+        if packing.ranks is not None:
+            out = packing.ranks.gather_heads(out)
         return self.wo(out.flatten(1))
 
 
@@ -75,7 +84,11 @@ class InternLM2(nn.Module):
 
     attention  backend of `rope_attention`: auto, native, flash_attn, torch_varlen, sdpa or reference
     recompute  none, or full: keep each layer's input alone and run the layer again in the backward pass
+
+    With `sequence_parallel`, which an engine sets, each rank of that group holds and returns its part of the tokens.
     """
+
+    sequence_parallel: SequenceParallel | None = None
 
     def __init__(self, config: ModelConfig, *, attention: str = "auto", recompute: str = "none"):
         super().__init__()
@@ -96,8 +109,14 @@ class InternLM2(nn.Module):
         """Packed sequences ids [T] int64, cu_seqlens [n + 1] int32 -> hidden [T, C], after the final norm.
 
         Positions start at 0 in each sequence and attention stays inside it. `max_seqlen` saves a look at cu_seqlens,
-        which on a GPU would stall the stream.
+        which on a GPU would stall the stream. With sequence parallelism hidden is this rank's [L, C].
         """
+        ranks = self.sequence_parallel
+        if ranks is not None:
+            if max_seqlen is not None:
+                max_seqlen = max(max_seqlen, ranks.padding(len(ids)))
+            cu_seqlens = ranks.pad_sequences(cu_seqlens, len(ids))
+            ids = ranks.shard(ids, 0)
         packing = self.packing(cu_seqlens, max_seqlen)
         x = self.tok_embeddings(ids)
         for layer in self.layers:
@@ -115,7 +134,7 @@ class InternLM2(nn.Module):
             cos, sin, offsets = self.rope.tables(cu_seqlens.diff().tolist(), cu_seqlens.device)
         else:
             (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
-        return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
+        return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend, self.sequence_parallel)
 
 
 class LMHead(Linear):
@@ -178,7 +197,12 @@ class CausalLM(nn.Module):
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """Logits [T, V]; with `labels` [T] int64 the summed loss instead, and no logits in memory at once."""
-        return self.head(self.model(ids, cu_seqlens, max_seqlen), labels)
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return self.head(hidden, labels)
+        if labels is None:
+            return ranks.gather(self.head(hidden), len(ids))
+        return ranks.sum(self.head(hidden, ranks.shard(labels, IGNORE)))
 
     def head(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [..., C] -> logits [..., V], or the summed loss (float32 scalar) where labels are given."""
@@ -201,7 +225,15 @@ class CausalLM(nn.Module):
 
         Only these positions meet the output matrix: a prompt's tokens cost nothing there.
         """
-        hidden = self.model(ids, cu_seqlens, max_seqlen)[at]
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return self._logprobs(hidden[at], labels, temperature)
+        mine = at // len(hidden) == ranks.rank
+        found = self._logprobs(hidden[at[mine] - ranks.rank * len(hidden)], labels[mine], temperature)
+        logprobs, entropies = (ranks.sum(part.new_zeros(len(at)).masked_scatter(mine, part)) for part in found)
+        return logprobs, entropies
+
+    def _logprobs(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         if self.output is not None:
             return self.output(hidden, labels, temperature)
         return token_logprobs(hidden, self.model.tok_embeddings.weight, labels, temperature=temperature)
@@ -217,4 +249,8 @@ class CausalLM(nn.Module):
 
     def token_losses(self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """Cross entropy of each position, [T] float32, 0 where the label is -100. Gradient flows."""
-        return token_cross_entropy(self.model(ids, cu_seqlens, max_seqlen), self.output_weight, labels)
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return token_cross_entropy(hidden, self.output_weight, labels)
+        mine = token_cross_entropy(hidden, self.output_weight, ranks.shard(labels, IGNORE))
+        return ranks.gather(mine, len(ids))

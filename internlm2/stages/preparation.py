@@ -19,6 +19,7 @@ from internlm2.data.stream import TokenStream
 from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.usage import usage_table
 from internlm2.engine.base import Engine, LossFunction, StepResult
+from internlm2.engine.build import place_of_new_model
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
 from internlm2.generation.build import describe_generation
@@ -53,7 +54,8 @@ def load_data(config: Config, directory: RunDirectory, console: Console) -> Data
     settings.tokenizer = settle_tokenizer(config)
     weights = {source: weight for source, weight in settings.weights[config.stage.name].items() if weight > 0}
     tokenizer, corpus = prepare(settings, config.model.vocab_size, console.is_terminal, weights)
-    tokenizer.save(directory.path / "tokenizer")
+    if directory.writes:
+        tokenizer.save(directory.path / "tokenizer")
     stream = open_stream(settings, corpus, weights, config)
     if config.train.by_epochs:
         config.train.tokens = round(
@@ -89,7 +91,7 @@ def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, dire
     source = initial_weights(config)
     model = CausalLM.from_config(
         config.model,
-        device=device,
+        device=place_of_new_model(engine, device),
         attention=engine.attention,
         recompute=engine.recompute,
         seed=config.seed if source is None else None,
@@ -124,7 +126,7 @@ def run_job(
         loss=loss,
         validate=validate,
         throughput=Throughput(config.model, peak, devices=engine.world_size),
-        metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=engine.rank == 0),
+        metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=directory.writes),
         measures=measures,
     )
     resumed = resume(job)

@@ -45,9 +45,10 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     if stop.requested is not None:
         return stop.exit_code
 
-    context.measure_end(model, config.stage.name)
-    write_completions(model, data.tokenizer, config.run, config.generation, config.seed, directory, engine.step)
-    if config.checkpoint.export:
+    with engine.whole():
+        context.measure_end(model, config.stage.name)
+        write_completions(model, data.tokenizer, config.run, config.generation, config.seed, directory, engine.step)
+    if config.checkpoint.export and directory.writes:
         written = export_weights(open_weights(directory.path), directory.export, dtype=dtype, overwrite=True)
         log.info("exported to %s (official InternLM2 layout, %s)", written.folder, config.engine.dtype)
     mark_finished(job)
