@@ -30,6 +30,5 @@ def _questions(held_out: bool) -> tuple[tuple[str, str], ...]:
     return tuple(
         (document.messages[0].content, document.messages[1].content)
         for document in documents("questions")
-        if document.messages is not None
-        and (split_hash((document.split_key or "").encode()) < limit) == held_out
+        if document.messages is not None and (split_hash((document.split_key or "").encode()) < limit) == held_out
     )

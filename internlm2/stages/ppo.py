@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def run(config: Config, directory: RunDirectory, console: Console) -> int:
     """Rounds: build, resume, run, finish. Returns the exit code: 0, or 128 + the signal that stopped it.
 
-    A rule needs no training between rounds, so that with ppo.reward.kind=rule there is one round, in `directory` itself.
+    A rule needs no training between rounds: with ppo.reward.kind=rule there is one round, in `directory` itself.
     """
     assert config.rounds is not None
     check_machine(config)
@@ -49,7 +49,8 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
             log.warning("%s", stopped)
         record_end(directory, step=None, status="stopped")
         return stopped.code
-    finish(config, directory, rounds)
+    if directory.writes:
+        finish(config, directory, rounds)
     return 0
 
 

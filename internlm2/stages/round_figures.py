@@ -92,7 +92,9 @@ def _audit(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             {"label": label, "x": numbers, "y": [one["audit"][name] for one in rounds]} for name, label in names.items()
         ],
         "note": "; ".join(
-            f"round {one['round']}: {'alarm' if one['audit']['alarm'] else 'no alarm'}" for one in rounds if one["audit"]
+            f"round {one['round']}: {'alarm' if one['audit']['alarm'] else 'no alarm'}"
+            for one in rounds
+            if one["audit"]
         ),
     }
 
@@ -100,7 +102,9 @@ def _audit(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _phrase(rounds: Sequence[dict[str, Any]], root: Path, phrase: str) -> dict[str, Any]:
     numbers = [one["round"] for one in rounds]
     shares = {
-        policy: [phrase_share(read_answers(root / f"round_{n}" / "answers" / f"{policy}.jsonl"), phrase) for n in numbers]
+        policy: [
+            phrase_share(read_answers(root / f"round_{n}" / "answers" / f"{policy}.jsonl"), phrase) for n in numbers
+        ]
         for policy in ("sft", "early", "late")
     }
     return {

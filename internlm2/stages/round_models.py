@@ -20,6 +20,7 @@ from internlm2.data.chat import Message, parse_reply, render
 from internlm2.data.prompts import Prompt, PromptStream
 from internlm2.data.tokenizer import load_tokenizer
 from internlm2.engine.build import prepare_device
+from internlm2.engine.process_group import sum_over_ranks
 from internlm2.engine.single import DTYPES
 from internlm2.generation.build import build_generator
 from internlm2.generation.parameters import SamplingParams
@@ -30,6 +31,7 @@ from internlm2.rlhf.rewards import ModelReward, RuleReward
 from internlm2.rlhf.rollout import Sample
 from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.directory import RunDirectory
+from internlm2.run.ranks import from_environment
 from internlm2.stages import reward
 from internlm2.stages.ppo_round import run_round
 from internlm2.stages.preparation import is_complete
@@ -81,6 +83,8 @@ class RoundModels:
             gold=gold,
             signal=signal,
             shown=self.shown,
+            first=from_environment().is_first,
+            total=lambda value: sum_over_ranks([value])[0],
         )
 
     def shown(self, pair: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +95,8 @@ class RoundModels:
     def train_reward(self, directory: Path, files: Sequence[Path], audit: bool) -> Path:
         """Train as the run's reward model was trained, from the same start, on its data and `files`."""
         config = self.reward_config(files, audit)
-        run = RunDirectory(directory)
-        if not is_complete(run, config):
+        run = self._directory(directory)
+        if not _complete(run, config):
             log.info("%s, in %s", "the audit model" if audit else "the reward model", directory)
             code = reward.run(config, run, self.console)
             if code:
@@ -125,9 +129,9 @@ class RoundModels:
 
     def train_policy(self, directory: Path, start: Path, reward_model: Path, number: int) -> None:
         """One round of PPO in `directory`, on prompts that no round before has seen."""
-        run = RunDirectory(directory)
+        run = self._directory(directory)
         config = copy.deepcopy(self.config)
-        if is_complete(run, config):
+        if _complete(run, config):
             return
         config.checkpoint.keep_every = self.early_step()
         result = run_round(
@@ -202,8 +206,16 @@ class RoundModels:
         first = _COLLECTION + number * _ROUND
         return [_asked(prompts[first + place]) for place in range(self.rounds.prompts)]
 
+    def _directory(self, path: Path) -> RunDirectory:
+        return RunDirectory(path, writes=from_environment().is_first)
+
     def _iterations(self) -> int:
         return self.ppo.critic_warmup + self.ppo.iterations
+
+
+def _complete(run: RunDirectory, config: Config) -> bool:
+    """Has the first rank found the run complete?"""
+    return sum_over_ranks([float(run.writes and is_complete(run, config))])[0] > 0
 
 
 def load_run_config(run: Path) -> Config:
@@ -211,8 +223,8 @@ def load_run_config(run: Path) -> Config:
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(
-            f"ppo.reward.model: {run} has no config.yaml that says how it was trained, so that it cannot be trained again "
-            "between rounds. Name the run directory of stage=rm, or set rounds.count=1."
+            f"ppo.reward.model: {run} has no config.yaml that says how it was trained, so that it cannot be trained "
+            "again between rounds. Name the run directory of stage=rm, or set rounds.count=1."
         )
     values = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
     merged = OmegaConf.merge(OmegaConf.structured(Config), values)
