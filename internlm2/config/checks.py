@@ -9,6 +9,7 @@ from typing import Any
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
+from internlm2.config.reward import check_reward
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
 from internlm2.config.zero import check_engine
 
@@ -23,6 +24,8 @@ def check(config: Config) -> None:
     check_engine(config.engine, config.model)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
+    if config.stage.kind == "reward":
+        check_reward(config.reward, config.train.seq_len, config.train.batch_tokens)
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
@@ -106,7 +109,8 @@ def _check_lengths(config: Config) -> None:
             f"set model.max_position_embeddings={train.seq_len} or shorten train.seq_len."
         )
     forward_tokens = train.seq_len * train.micro_batch
-    if train.batch_tokens % forward_tokens:
+    # Batches of pairs hold as many as fit.
+    if config.stage.kind != "reward" and train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "
