@@ -70,6 +70,7 @@ class PPORewardConfig:
     kind: str = _key(choices=("model", "rule"))
     model: str | None = MISSING
     rule: str | None = MISSING
+    system_turn: str = _key(choices=("keep", "drop"))
     normalize: str = _key(choices=("none", "initial", "running"))
     clip: float | None = _key(minimum=0.0)
     missing_end: str = _key(choices=("none", "subtract", "replace"))

@@ -69,8 +69,10 @@ class RoundsConfig:
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
 
 
-def check_rounds(rounds: RoundsConfig) -> None:
+def check_rounds(rounds: RoundsConfig | None) -> None:
     """Raise ConfigError for keys of the group that do not go together."""
+    if rounds is None:
+        raise ConfigError("stage.kind=ppo needs the group rounds: use rounds=default.")
     hacks, annotation = rounds.hacks, rounds.annotation
     if hacks.fewest_pairs > hacks.most_pairs:
         raise ConfigError(

@@ -11,7 +11,7 @@ from internlm2.data.toy_language import WORDS
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 CONTROL = (UNKNOWN, BEGIN, END)
-SIZE = 320
+SIZE = 300
 
 
 def vocabulary() -> list[str]:

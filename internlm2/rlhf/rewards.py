@@ -29,12 +29,17 @@ class ModelReward:
     in the reward model's copy alone: policy, reference and critic never see it (report, Fig. 10).
     """
 
-    def __init__(self, scorer: ConversationScorer) -> None:
-        self.scorer = scorer
+    def __init__(self, scorer: ConversationScorer, system_turn: str = "keep") -> None:
+        self.scorer, self.system_turn = scorer, system_turn
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        conversations = [(*sample.prompt.turns, sample.reply) for sample in samples]
+        conversations = [(*shown_turns(sample.prompt.turns, self.system_turn), sample.reply) for sample in samples]
         return self.scorer.score(conversations, [sample.prompt.domain for sample in samples])
+
+
+def shown_turns(turns: Sequence[Message], system_turn: str) -> tuple[Message, ...]:
+    """A prompt as the reward model sees it: `system_turn` keep, or drop, so that its condition stands alone."""
+    return tuple(turn for turn in turns if system_turn == "keep" or turn.role != "system")
 
 
 class RuleReward:

@@ -183,7 +183,8 @@ def _reward_model(
 
     loaded = RewardScorer.load(source, device=device, dtype=DTYPES[config.engine.dtype])
     module = _frozen(loaded.model, config, "reward model")
-    return ModelReward(cast(ConversationScorer, loaded)), module
+    assert config.ppo is not None
+    return ModelReward(cast(ConversationScorer, loaded), config.ppo.reward.system_turn), module
 
 
 def _merged_copy(config: Config, model: CausalLM) -> CausalLM:

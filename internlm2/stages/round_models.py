@@ -124,7 +124,8 @@ class RoundModels:
         for file in files:
             config.data.sources[file.stem] = SourceConfig(kind="preferences", path=str(file))
             weights[stage][file.stem] = 1.0
-        config.data.on_change = "refuse"
+        if config.train.epochs:
+            config.train.steps = config.train.tokens = None  # as many steps as the larger data take
         return config
 
     def train_policy(self, directory: Path, start: Path, reward_model: Path, number: int) -> None:

@@ -123,7 +123,7 @@ def test_rounded_weights_drift_and_are_corrected(model, tokenizer, stream):
     assert drift(again, drawn, False, list)["kl"] > 1e-5
     # Weighted by pi / pi_sampler, a mean over the sampler's tokens is one over the policy's: the weights average 1.
     weights = importance_weights(again, sampler_logprobs(drawn, tempered=False), 1e9)
-    assert weights.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert weights.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
 def test_long_prompts_are_passed_over(tokenizer, stream):
