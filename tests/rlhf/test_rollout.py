@@ -81,7 +81,7 @@ def test_samples_of_one_prompt_differ(model, tokenizer, stream):
 def test_an_answer_holds_its_end_and_nothing_after_it(model, tokenizer, stream):
     questions, _ = take_questions(stream, 0, 24, tokenizer, 64)
     end = tokenizer.special_id("<|im_end|>")
-    drawn = answers(model, tokenizer, questions, n=4)
+    drawn = answers(model, tokenizer, questions, n=16)
     assert {rollout.finish for rollout in drawn} == {"stop", "length"}
     for rollout in drawn:
         assert end not in rollout.tokens[:-1]

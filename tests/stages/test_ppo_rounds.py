@@ -129,7 +129,7 @@ def test_no_condition_and_no_manner_reaches_the_wrong_model(whole):
 
 def test_the_report_shows_the_rounds(whole):
     text = write_report(whole.parent).read_text()
-    for title in ("Gold reward by domain", "round_2"):
+    for title in ("Gold reward by domain", "What each round found and decided", "round_2"):
         assert title in text
 
 
@@ -172,7 +172,7 @@ def test_a_kill_in_any_phase_changes_nothing(start, whole, tmp_path, monkeypatch
 def test_a_reward_model_that_cannot_be_trained_again(start, tmp_path):
     shutil.copytree(start, tmp_path / "root")
     (tmp_path / "root/run/rm/config.yaml").unlink()
-    with pytest.raises(ConfigError, match="no config.yaml"):
+    with pytest.raises(ConfigError, match=r"no config.yaml"):
         run(start, tmp_path / "root")
 
 
