@@ -76,7 +76,7 @@ class Forked:
         codes = self.wait(seconds)
         if any(codes):
             told = [f"rank {rank}: {file.read_text()}" for rank, file in self._files("error") if file.exists()]
-            raise RankFailed(f"exit codes {codes}\n" + "\n".join(told))
+            raise RankFailed(f"exit codes {codes}\n" + "\n".join(told[:3]))
         return [torch.load(file, weights_only=True) for _, file in self._files("pt")]
 
     def _files(self, suffix: str) -> list[tuple[int, Path]]:

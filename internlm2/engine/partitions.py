@@ -80,6 +80,8 @@ class Partitions:
         for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
             optimizer._unflatten_partitioned_parameters(number)
+        if optimizer.zero_hpz_partition_size > 1:
+            optimizer.invalidate_secondary_tensor()  # the copies inside a node, which the forward pass would gather
         if kept:
             kept[0].all_gather(kept)
 
