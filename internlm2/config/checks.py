@@ -9,6 +9,7 @@ from typing import Any
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
+from internlm2.config.reward import check_reward
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
 from internlm2.config.zero import check_engine
 
@@ -23,16 +24,37 @@ def check(config: Config) -> None:
     check_engine(config.engine, config.model)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
+    if config.stage.kind == "reward":
+        check_reward(config.reward, config.train.seq_len, config.train.batch_tokens)
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
         _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
+        _check_ppo_engine(config)
     if config.ppo is None or config.ppo.pretrain.coefficient > 0:
         _check_mixture(config)
     _check_tokenizer(config)
     if config.stage.previous is None and config.init_from == "previous":
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
+        )
+
+
+def _check_ppo_engine(config: Config) -> None:
+    if config.engine.on_nonfinite == "rollback":
+        raise ConfigError(
+            "engine.on_nonfinite=rollback returns to an older position of a data stream, but PPO's data are its own "
+            "answers: use skip or stop."
+        )
+    if config.engine.sequence_parallel > 1:
+        raise ConfigError(
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: PPO reads log-probabilities at single "
+            "positions of whole rows; use engine.sequence_parallel=1."
+        )
+    if config.adapter.kind != "none" and config.adapter.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.adapter.dropout:g}: with dropout the ratio is not 1 where nothing has changed; "
+            "use adapter.dropout=0 in PPO."
         )
 
 
@@ -87,7 +109,8 @@ def _check_lengths(config: Config) -> None:
             f"set model.max_position_embeddings={train.seq_len} or shorten train.seq_len."
         )
     forward_tokens = train.seq_len * train.micro_batch
-    if train.batch_tokens % forward_tokens:
+    # Batches of pairs hold as many as fit.
+    if config.stage.kind != "reward" and train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "

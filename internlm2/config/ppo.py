@@ -101,6 +101,7 @@ class PPOValidationConfig:
     every: int | None = _key(minimum=1)
     rows: int = _key(minimum=1)
     select: str = _key(choices=("best", "last"))
+    gold: str | None = MISSING
 
 
 @dataclass
@@ -169,11 +170,7 @@ def check_ppo(
             f"{rollout.max_new_tokens} exceed model.max_position_embeddings={max_position_embeddings}: "
             f"use ppo.rollout.max_new_tokens={max(1, max_position_embeddings - rollout.max_prompt_tokens)}."
         )
-    if quantize != "none" and ppo.correction.weights == "none":
-        raise ConfigError(
-            f"generation.quantize={quantize} samples from a rounded policy: "
-            "set ppo.correction.weights=truncated, which corrects for that."
-        )
+    _check_sampler(ppo, quantize)
     if ppo.minibatches > ppo.rows:
         raise ConfigError(
             f"ppo.minibatches={ppo.minibatches} exceeds the {ppo.rows} answers of an iteration "
@@ -182,6 +179,30 @@ def check_ppo(
     for name, source in prompts.sources.items():
         if source.kind == "jsonl" and source.path is None:
             raise ConfigError(f"prompts.sources.{name}: kind=jsonl needs path, a file of JSON lines.")
+
+
+def _check_sampler(ppo: PPOConfig, quantize: str) -> None:
+    if quantize != "none" and ppo.correction.weights == "none":
+        raise ConfigError(
+            f"generation.quantize={quantize} samples from a rounded policy: "
+            "set ppo.correction.weights=truncated, which corrects for that."
+        )
+    plain = ppo.rollout.temperature == 1.0
+    if ppo.old_logprobs == "sampler" and not plain:
+        raise ConfigError(
+            f"ppo.old_logprobs=sampler with ppo.rollout.temperature={ppo.rollout.temperature:g}: the sampler's "
+            "untruncated log-probabilities are those of temperature 1. Use ppo.old_logprobs=recomputed."
+        )
+    if ppo.correction.weights == "truncated" and ppo.correction.sampler == "full" and not plain:
+        raise ConfigError(
+            f"ppo.correction.sampler=full with ppo.rollout.temperature={ppo.rollout.temperature:g}: the sampler's "
+            "untruncated log-probabilities are those of temperature 1. Use ppo.correction.sampler=truncated."
+        )
+    if ppo.rollout.engine == "vllm" and ppo.correction.sampler == "truncated":
+        raise ConfigError(
+            "ppo.correction.sampler=truncated needs the probabilities that tokens were drawn with, and "
+            "ppo.rollout.engine=vllm gives those of the softmax: use ppo.correction.sampler=full."
+        )
 
 
 def _check_kl(kl: KLConfig) -> None:

@@ -13,6 +13,7 @@ from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
+from internlm2.config.reward import RewardConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
 
@@ -235,7 +236,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "ppo", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -264,6 +265,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    reward: RewardConfig | None = None  # of stage=rm alone; null elsewhere
     # Of stage=ppo alone; null elsewhere.
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None

@@ -105,9 +105,16 @@ def read_stage(path: Path) -> StageSummary:
             stage.problems.append(f"{file.name} is no figure: {fault}.")
         elif figure is not None:
             stage.figures.append(figure)
+    stage.problems += _read_sentences(path / "sanity.json", stage.problems)
     for problem in stage.problems:
         log.warning("report of %s: %s", path, problem)
     return stage
+
+
+def _read_sentences(path: Path, problems: list[str]) -> list[str]:
+    """What looked wrong at the end of a PPO round, in words."""
+    content = _read_json(path, problems) if path.exists() else []
+    return [str(sentence) for sentence in content or []]
 
 
 def figure_fault(figure: Any) -> str | None:

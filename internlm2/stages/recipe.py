@@ -21,12 +21,12 @@ from internlm2.run.provenance import record_end
 from internlm2.run.ranks import from_environment
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.run.stage_summary import read_stage
-from internlm2.stages import pretrain, sft
+from internlm2.stages import ppo, pretrain, reward, sft
 from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
 
-STAGES = {"pretrain": pretrain.run, "sft": sft.run}
+STAGES = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
 
 
 def run_stages(configs: Sequence[Config]) -> None:
@@ -81,10 +81,11 @@ def summarise(root: Path, configs: Sequence[Config]) -> None:
     print()
     for config in configs:
         stage = read_stage(root / config.stage.name)
-        first = next((loss for loss in stage.column("loss") if loss is not None), math.nan)
+        what, key = ("score", "score") if config.stage.kind == "ppo" else ("training loss", "loss")
+        first = next((value for value in stage.column(key) if value is not None), math.nan)
         print(
             f"{stage.name:14}{stage.steps:>8,} steps {quantity(stage.tokens):>7} tokens   "
-            f"training loss {first:.3f} -> {stage.last('loss') or math.nan:.3f}   {duration(stage.seconds)}"
+            f"{what} {first:.3f} -> {stage.last(key) or math.nan:.3f}   {duration(stage.seconds)}"
         )
     last = configs[-1]
     print(f"report    {write_report(root)}")
