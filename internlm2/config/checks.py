@@ -16,8 +16,7 @@ from internlm2.config.zero import check_engine
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first key, or pair of keys, that cannot work."""
-    for key, value, metadata in _annotated_values(config):
-        _check_value(key, value, metadata)
+    check_keys(config)
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
@@ -38,6 +37,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
         )
+
+
+def check_keys(config: Any) -> None:
+    """Raise ConfigError for the first key of a dataclass that lies outside of its bounds or choices."""
+    for key, value, metadata in _annotated_values(config):
+        _check_value(key, value, metadata)
 
 
 def _check_ppo_engine(config: Config) -> None:

@@ -85,13 +85,14 @@ SOURCE_KINDS = (
     "preferences",
     "package",
     "toy",
+    "needles",
 )
 
 
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
-    `format` to kind=conversations, `domain` to kind=preferences.
+    """One source of documents. `part` belongs to kind=stdlib, package, toy and needles, `field` to kind=jsonl and
+    parquet, `format` to kind=conversations, `domain` to kind=preferences.
     """
 
     kind: str = field(default=MISSING, metadata={"choices": SOURCE_KINDS})
