@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from internlm2.config.cluster import ClusterConfig, LaunchConfig
 from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
@@ -258,6 +259,9 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plan: bool = MISSING
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     # Of stage=ppo alone; null elsewhere.
