@@ -26,6 +26,7 @@ from internlm2.ops.attention import describe_backend
 from internlm2.rlhf.frozen import ReferencePolicy, freeze, frozen_tensors, weights_hash
 from internlm2.rlhf.rewards import ModelReward, RewardFunction, RuleReward
 from internlm2.rlhf.rollout import Sampler
+from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.ranks import from_environment
 
 log = logging.getLogger(__name__)
@@ -175,8 +176,6 @@ def _frozen(model: nn.Module, config: Config, name: str) -> nn.Module:
 
 def _reward_model(config: Config, source: Path, device: torch.device) -> tuple[RewardFunction, nn.Module]:
     """The conditional reward model, with its own tokenizer and conditions."""
-    from internlm2.rlhf.scoring import RewardScorer
-
     assert config.ppo is not None
     scorer = RewardScorer.load(
         source,
