@@ -87,7 +87,8 @@ Tensor decode_step(Tensor x, std::vector<Tensor> caches, Tensor lengths, Tensor 
   check_head_dim(name, a.dim);
   for (const Tensor& cache : caches)
     STD_TORCH_CHECK(cache.is_cpu() && cache.is_contiguous() && cache.scalar_type() == x.scalar_type() &&
-                        shape(cache) == shape(first),
+                        cache.dim() == 5 && cache.size(0) == first.size(0) && cache.size(1) == a.groups && cache.size(2) == 2 &&
+                        cache.size(3) == a.capacity && cache.size(4) == a.dim,
                     "decode_step: each layer's cache must be contiguous, of x's dtype and equally large.");
   for (const Tensor& norm : norms)
     STD_TORCH_CHECK(norm.is_cpu() && norm.is_contiguous() && norm.scalar_type() == x.scalar_type() && norm.dim() == 1 &&

@@ -20,6 +20,8 @@ from internlm2.ops.packed import PackedWeight
 from internlm2.ops.quantized import QuantizedWeight
 from internlm2.ops.reference import rotate
 
+NATIVE_DTYPES = (torch.bfloat16, torch.float32)
+
 
 class Projection(Protocol):
     """A linear layer x [M, K] -> [M, N]. `weight` is what the native step reads, None where it cannot."""
@@ -144,19 +146,16 @@ class Decoder:
         found = [projection.weight for layer in self.layers for projection in layer.projections]
         packed = [weight for weight in found if isinstance(weight, PackedWeight)]
         quantized = [weight for weight in found if isinstance(weight, QuantizedWeight) and weight.symmetric]
-        if not found or len(found) not in (len(packed), len(quantized)) or len({w.bits for w in quantized}) > 1:
+        weights: list[PackedWeight] | list[QuantizedWeight] = packed or quantized
+        bits = {weight.bits for weight in quantized} or {0}
+        if not found or len(weights) != len(found) or len(bits) > 1:
             return None
-        if not extension.native("decode_step", self.norm.device) or self.norm.dtype not in (
-            torch.bfloat16,
-            torch.float32,
-        ):
+        if not extension.native("decode_step", self.norm.device) or self.norm.dtype not in NATIVE_DTYPES:
             return None
-        wqkv, gate_up = found[0], found[2]
-        assert wqkv is not None and gate_up is not None
-        dim, intermediate = found[1].in_features // self.heads, gate_up.out_features // 2
-        if dim % 16 or dim > 256 or intermediate % 16 or wqkv.in_features % 16:
+        hidden, dim = weights[0].in_features, weights[1].in_features // self.heads
+        intermediate = weights[2].out_features // 2
+        if hidden % 16 or intermediate % 16 or dim % 16 or dim > 256:
             return None
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-        weights = [weight.packed for weight in (*packed, *quantized)]
         scales = [weight.scales for weight in quantized]
-        return [*norms, self.norm], weights, scales, quantized[0].bits if quantized else 0, intermediate
+        return [*norms, self.norm], [weight.packed for weight in weights], scales, bits.pop(), intermediate

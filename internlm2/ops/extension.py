@@ -37,7 +37,7 @@ def loaded(device_type: str) -> bool:
 
 
 def native(operator: str, device: torch.device, backend: str = "auto") -> bool:
-    """Whether the compiled operator runs on this device; `backend` may insist on it (native) or rule it out (reference)."""
+    """Whether the compiled operator runs on this device. `backend`: native insists on it, reference rules it out."""
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f"backend {backend!r} does not exist: use auto, native or reference.")
     there = (

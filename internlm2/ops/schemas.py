@@ -40,11 +40,11 @@ _LIBRARY.define("pack_weight(Tensor weight) -> Tensor")
 # x [..., K] -> [..., N]; a row's result does not depend on the others
 _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features, int in_features) -> Tensor")
 # x [B, C] embeddings -> hidden [B, C]; caches [slots, G, 2, L, D] and lengths [slots] take one more token of each row.
-# norms 2 a layer and the last one; weights wqkv, wo, gate_up, down of each layer, packed (bits 0) or quantized with scales
+# norms: 2 a layer and the last one; weights: wqkv, wo, gate_up, down of each layer, packed (bits 0) or quantized
 _LIBRARY.define(
     "decode_step(Tensor x, Tensor(a!)[] caches, Tensor(b!) lengths, Tensor cos, Tensor sin, Tensor? table_offsets, "
-    "Tensor[] norms, Tensor[] weights, Tensor[] scales, int bits, int act_bits, int heads, int intermediate, float eps) "
-    "-> Tensor"
+    "Tensor[] norms, Tensor[] weights, Tensor[] scales, int bits, int act_bits, int heads, int intermediate, "
+    "float eps) -> Tensor"
 )
 # logits [B, V], temperatures [B] float32 (0: greedy), uniforms [B] float64 -> tokens [B] and their log-probabilities
 _LIBRARY.define(
