@@ -23,11 +23,15 @@ $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 demo: setup
 	$(BIN)/python train.py stage=recipe model=tiny preset=demo
 
+# A test process a core, each with one thread: most tests are too small to gain from more.
+TESTERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: setup
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's exceptions reach `fail` below, which turns them into one sentence
@@ -14,6 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import compose_stages, describe, register_schema
+from internlm2.config.zero import check_ranks
+from internlm2.launch import launch, requeueing
+from internlm2.plan.report import print_plans
+from internlm2.run.ranks import ending_at_once, from_environment
 
 register_schema()
 
@@ -22,25 +27,32 @@ register_schema()
 def main(composed: DictConfig) -> None:
     try:
         configs = compose_stages(composed, HydraConfig.get())
+        if configs[0].plan:
+            print_plans(configs)
+            return
         from internlm2.data.sources import check_sources
 
         for config in configs:
+            check_ranks(config, from_environment().world_size)
             check_sources(config.data)
+        launch(configs, HydraConfig.get(), Path(__file__))  # returns where this process is to run the stages
         from internlm2.stages.recipe import run_stages  # torch is imported from here on
 
-        run_stages(configs)
+        with requeueing():
+            run_stages(configs)
     except ConfigError as error:
         fail(error)
 
 
 def fail(error: Exception) -> NoReturn:
-    """Exit code 2: bad input. (0 finished; 130 or 143 stopped by a signal after saving.)"""
+    """Exit code 2: bad input. (0 finished; 128 + its number stopped by a signal after saving.)"""
     print(f"error: {describe(error)}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        with ending_at_once():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(error)

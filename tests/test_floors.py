@@ -11,11 +11,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "internlm2"
 FLOORS = [
     {"config", "ops"},
-    {"model", "run"},
+    {"model", "run", "plan"},
     {"data", "engine", "generation"},
     {"rlhf", "evaluate"},
     {"stages"},
-    {"convert", "chat"},
+    {"convert", "chat", "launch"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -5,26 +5,61 @@ Each failure is one sentence that names the keys and a value that works.
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from internlm2.config.errors import ConfigError
-from internlm2.config.schema import Config, ModelConfig
+from internlm2.config.ppo import check_ppo
+from internlm2.config.reward import check_reward
+from internlm2.config.schema import Config, ModelConfig, OptimConfig
+from internlm2.config.zero import check_engine
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first key, or pair of keys, that cannot work."""
-    for key, value, metadata in _annotated_values(config):
-        _check_value(key, value, metadata)
+    check_keys(config)
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
+    check_engine(config.engine, config.model)
     _check_lengths(config)
-    _check_schedule(config)
-    _check_data(config)
+    _check_schedule(config.optim, "optim")
+    if config.stage.kind == "reward":
+        check_reward(config.reward, config.train.seq_len, config.train.batch_tokens)
+    if config.stage.kind == "ppo":
+        check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
+        assert config.ppo is not None
+        _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
+        _check_ppo_engine(config)
+    if config.ppo is None or config.ppo.pretrain.coefficient > 0:
+        _check_mixture(config)
+    _check_tokenizer(config)
     if config.stage.previous is None and config.init_from == "previous":
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
+        )
+
+
+def check_keys(config: Any) -> None:
+    """Raise ConfigError for the first key of a dataclass that lies outside of its bounds or choices."""
+    for key, value, metadata in _annotated_values(config):
+        _check_value(key, value, metadata)
+
+
+def _check_ppo_engine(config: Config) -> None:
+    if config.engine.on_nonfinite == "rollback":
+        raise ConfigError(
+            "engine.on_nonfinite=rollback returns to an older position of a data stream, but PPO's data are its own "
+            "answers: use skip or stop."
+        )
+    if config.engine.sequence_parallel > 1:
+        raise ConfigError(
+            f"engine.sequence_parallel={config.engine.sequence_parallel}: PPO reads log-probabilities at single "
+            "positions of whole rows; use engine.sequence_parallel=1."
+        )
+    if config.adapter.kind != "none" and config.adapter.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.adapter.dropout:g}: with dropout the ratio is not 1 where nothing has changed; "
+            "use adapter.dropout=0 in PPO."
         )
 
 
@@ -79,7 +114,8 @@ def _check_lengths(config: Config) -> None:
             f"set model.max_position_embeddings={train.seq_len} or shorten train.seq_len."
         )
     forward_tokens = train.seq_len * train.micro_batch
-    if train.batch_tokens % forward_tokens:
+    # Batches of pairs hold as many as fit.
+    if config.stage.kind != "reward" and train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "
@@ -89,18 +125,17 @@ def _check_lengths(config: Config) -> None:
         raise ConfigError("The length of the stage is missing: give train.steps, train.tokens or train.epochs.")
 
 
-def _check_schedule(config: Config) -> None:
-    optim = config.optim
+def _check_schedule(optim: OptimConfig, group: str) -> None:
     if optim.schedule_start >= optim.schedule_end:
         raise ConfigError(
-            f"optim.schedule_start={optim.schedule_start} must be below optim.schedule_end={optim.schedule_end}."
+            f"{group}.schedule_start={optim.schedule_start} must be below {group}.schedule_end={optim.schedule_end}."
         )
     for key in ("beta1", "beta2"):
         if getattr(optim, key) >= 1.0:
-            raise ConfigError(f"optim.{key}={getattr(optim, key)} must be below 1.")
+            raise ConfigError(f"{group}.{key}={getattr(optim, key)} must be below 1.")
 
 
-def _check_data(config: Config) -> None:
+def _check_mixture(config: Config) -> None:
     data, stage = config.data, config.stage.name
     if stage not in data.weights:
         raise ConfigError(
@@ -119,17 +154,15 @@ def _check_data(config: Config) -> None:
         raise ConfigError(f"data.weights.{stage}: all weights are 0; give at least one source a positive weight.")
     if data.length_buckets and not sum(bucket.weight for bucket in data.length_buckets) > 0:
         raise ConfigError("data.length_buckets: all weights are 0.")
-    tokenizer = data.tokenizer
+
+
+def _check_tokenizer(config: Config) -> None:
+    tokenizer = config.data.tokenizer
     if tokenizer.kind == "train":
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
                 f"data.tokenizer.vocab_size={tokenizer.vocab_size} and model.vocab_size={config.model.vocab_size} "
                 f"differ: use data.tokenizer.vocab_size={config.model.vocab_size}."
             )
-    elif tokenizer.kind == "inherit":
-        if config.init_from is None:
-            raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")
-    elif tokenizer.path is None:
-        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file.")
-    elif not Path(tokenizer.path).exists():
-        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file or folder.")
+    elif tokenizer.kind == "inherit" and config.init_from is None:
+        raise ConfigError("data.tokenizer.kind=inherit needs init_from, the weights whose tokenizer is inherited.")

@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from internlm2.config.cluster import ClusterConfig, LaunchConfig
 from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
+from internlm2.config.optim import OptimConfig
+from internlm2.config.ppo import PPOConfig, PromptsConfig
+from internlm2.config.reward import RewardConfig
+from internlm2.config.zero import ENGINES, ZeroConfig
 
 
 @dataclass
@@ -70,21 +75,33 @@ class TokenizerConfig:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
+SOURCE_KINDS = (
+    "stdlib",
+    "jsonl",
+    "parquet",
+    "text",
+    "internevo",
+    "conversations",
+    "preferences",
+    "package",
+    "toy",
+    "needles",
+)
+
+
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
-    `format` to kind=conversations.
+    """One source of documents. `part` belongs to kind=stdlib, package, toy and needles, `field` to kind=jsonl and
+    parquet, `format` to kind=conversations, `domain` to kind=preferences.
     """
 
-    kind: str = field(
-        default=MISSING,
-        metadata={"choices": ("stdlib", "jsonl", "parquet", "text", "internevo", "conversations", "package", "toy")},
-    )
+    kind: str = field(default=MISSING, metadata={"choices": SOURCE_KINDS})
     path: str | None = None
     part: str | None = None
     format: str = field(
         default="auto", metadata={"choices": ("auto", "openai", "sharegpt", "alpaca", "xtuner", "pairs")}
     )
+    domain: str = "default"
     field: str = "text"
 
 
@@ -128,28 +145,10 @@ class AdapterConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = _key(minimum=0.0)
-    min_lr_ratio: float = _key(minimum=0.0, maximum=1.0)
-    schedule: str = _key(choices=("cosine", "linear", "constant"))
-    schedule_start: float = _key(minimum=0.0, maximum=1.0)
-    schedule_end: float = _key(minimum=0.0, maximum=1.0)
-    warmup_ratio: float = _key(minimum=0.0, maximum=1.0)
-    beta1: float = _key(minimum=0.0, maximum=1.0)
-    beta2: float = _key(minimum=0.0, maximum=1.0)
-    eps: float = _key(minimum=0.0)
-    weight_decay: float = _key(minimum=0.0)
-    decay_embeddings: bool = MISSING
-    clip_grad_norm: float = _key(minimum=0.0)
-
-
-@dataclass
 class EngineConfig:
     """How one training step runs on the hardware."""
 
-    name: str = _key(choices=("single",))
+    name: str = _key(choices=ENGINES)
     device: str = _key(choices=("auto", "cpu", "cuda"))
     dtype: str = _key(choices=("bf16", "fp32"))
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
@@ -158,6 +157,11 @@ class EngineConfig:
     on_nonfinite: str = _key(choices=("skip", "stop", "rollback"))
     spike_factor: float | None = _key(minimum=1.0)
     max_bad_steps: int = _key(minimum=1)
+    sequence_parallel: int = _key(minimum=1)
+    collective_seconds: float = _key(minimum=1.0)
+    hang_seconds: float | None = _key(minimum=1.0)
+    straggler_factor: float = _key(minimum=1.0)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
 
 @dataclass
@@ -204,6 +208,7 @@ class CheckpointConfig:
     every: int | None = _key(minimum=1)
     keep_last: int = _key(minimum=1)
     keep_every: int | None = _key(minimum=1)
+    keep_best: bool = MISSING
     asynchronous: bool = MISSING
     export: bool = MISSING
 
@@ -232,7 +237,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -256,5 +261,12 @@ class Config:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plan: bool = MISSING
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    reward: RewardConfig | None = None  # of stage=rm alone; null elsewhere
+    # Of stage=ppo alone; null elsewhere.
+    prompts: PromptsConfig | None = None
+    ppo: PPOConfig | None = None

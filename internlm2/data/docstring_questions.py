@@ -33,7 +33,7 @@ _BUILTIN_TYPES = (str, list, dict, set, int, float, bytes, tuple, bytearray, fro
 
 
 @dataclass(frozen=True)
-class _Definition:
+class Definition:
     """A public function or class with a docstring."""
 
     file: str
@@ -43,6 +43,11 @@ class _Definition:
     arguments: str
     source: str  # empty where it is too long or no function
     line: int
+
+    @property
+    def question(self) -> str:
+        """What a user would ask."""
+        return f"What does the Python {self.kind} `{self.name}` do?"
 
 
 def folder(part: str) -> Path:
@@ -77,9 +82,8 @@ def documents(part: str) -> Iterator[Document]:
 
 
 def _questions() -> Iterator[Document]:
-    for definition in _definitions():
-        question = f"What does the Python {definition.kind} `{definition.name}` do?"
-        messages = [Message("user", question), Message("assistant", definition.docstring)]
+    for definition in definitions():
+        messages = [Message("user", definition.question), Message("assistant", definition.docstring)]
         if definition.arguments and _chosen(definition.name):
             messages.append(Message("user", "Which arguments does it take?"))
             messages.append(Message("assistant", f"`{definition.name.rpartition('.')[2]}({definition.arguments})`"))
@@ -94,7 +98,7 @@ def _questions() -> Iterator[Document]:
 
 
 def _functions() -> Iterator[Document]:
-    for definition in _definitions():
+    for definition in definitions():
         if not definition.source:
             continue
         name = definition.name.rpartition(".")[2]
@@ -117,7 +121,7 @@ def _topics() -> Iterator[Document]:
         )
 
 
-def _document(definition: _Definition, messages: list[Message]) -> Document:
+def _document(definition: Definition, messages: list[Message]) -> Document:
     return Document(
         definition.file,
         definition.line,
@@ -127,9 +131,9 @@ def _document(definition: _Definition, messages: list[Message]) -> Document:
 
 
 @lru_cache(maxsize=1)
-def _definitions() -> tuple[_Definition, ...]:
+def definitions() -> tuple[Definition, ...]:
     """Every public function and class with a docstring in a public module, each name once."""
-    found: list[_Definition] = []
+    found: list[Definition] = []
     for file, text in stdlib_corpus.modules().items():
         module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if any(part.startswith("_") for part in module.split(".")):
@@ -146,7 +150,7 @@ def _definitions() -> tuple[_Definition, ...]:
     return tuple(found)
 
 
-def _inside(node: ast.AST, name: str, file: str, lines: list[str]) -> Iterator[_Definition]:
+def _inside(node: ast.AST, name: str, file: str, lines: list[str]) -> Iterator[Definition]:
     for child in getattr(node, "body", []):
         if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith("_"):
             continue
@@ -159,13 +163,13 @@ def _inside(node: ast.AST, name: str, file: str, lines: list[str]) -> Iterator[_
 
 def _definition(
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, docstring: str, file: str, lines: list[str]
-) -> _Definition:
+) -> Definition:
     if isinstance(node, ast.ClassDef):
-        return _Definition(file, name, "class", docstring, "", "", node.lineno)
+        return Definition(file, name, "class", docstring, "", "", node.lineno)
     first, last = node.lineno - 1, node.end_lineno or node.lineno
     has_body = len(node.body) > 1  # more than the docstring
     source = textwrap.dedent("\n".join(lines[first:last])) if has_body and last - first <= LONGEST_FUNCTION else ""
-    return _Definition(file, name, "function", docstring, ast.unparse(node.args), source, node.lineno)
+    return Definition(file, name, "function", docstring, ast.unparse(node.args), source, node.lineno)
 
 
 def _builtin_docstrings() -> Iterator[tuple[str, str]]:

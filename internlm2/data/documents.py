@@ -10,9 +10,18 @@ from internlm2.data.chat import Message
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """One of several answers to the same prompt: its turns, and how good a judge found it, on the judge's own scale."""
+
+    turns: tuple[Message, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One document: `text`, or a conversation (`messages`; which turns carry loss follows from their roles), or
-    `tokens` that another program made (a negative id = no loss on that token).
+    `tokens` that another program made (a negative id = no loss on that token), or a prompt (`messages`) with `answers`
+    that were compared with each other by the standards of `domain`.
 
     `file` and `line` say where it stands (line 0: the whole file). Documents of equal `split_key` fall on the same side
     of the hold-out; without a key the content decides.
@@ -24,11 +33,16 @@ class Document:
     tokens: list[int] | None = None
     split_key: str | None = None
     messages: tuple[Message, ...] | None = None
+    answers: tuple[Answer, ...] = ()
+    domain: str = ""
 
     @property
     def plain_text(self) -> str | None:
         """All text in it, for a vocabulary to be learned from; None where only tokens are known."""
-        return self.text if self.messages is None else "\n".join(message.plain_text for message in self.messages)
+        if self.messages is None:
+            return self.text
+        turns = (*self.messages, *(turn for answer in self.answers for turn in answer.turns))
+        return "\n".join(turn.plain_text for turn in turns)
 
 
 @dataclass(frozen=True, slots=True)

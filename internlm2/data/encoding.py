@@ -22,6 +22,15 @@ _BATCH_CHARACTERS = 1 << 19
 
 
 @dataclass(slots=True)
+class Judgements:
+    """For documents that are answers to compare: the record that each came with, its domain, and its score."""
+
+    records: np.ndarray  # [N] int64, number of the record inside the unit; answers to one prompt share it
+    domains: list[str]  # [N]
+    scores: np.ndarray  # [N] float64
+
+
+@dataclass(slots=True)
 class EncodedUnit:
     """Tokens of the documents of one unit and what is known of each document (arrays over documents, N of them)."""
 
@@ -36,6 +45,7 @@ class EncodedUnit:
     size: int  # bytes of input
     name: str  # of the unit
     lines_read: int  # lines of the unit where `lines` count from its start, else 0
+    judgements: Judgements | None = None  # where documents are answers to compare
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -45,7 +55,7 @@ def token_type(vocab_size: int) -> np.dtype:
 
 def encode_unit(unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
     """Read and tokenize one unit. Text becomes `<s>` tokens `</s>`, messages the chat format; tokens stay as they
-    are.
+    are. Of a record with answers, each one becomes a document of its own: prompt and answer.
     """
     builder = _UnitBuilder(tokenizer)
     texts: list[Document] = []
@@ -55,6 +65,8 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
             builder.bad.append(item)
         elif item.tokens is not None:
             builder.add_tokens(item)
+        elif item.answers:
+            builder.add_answers(item)
         elif item.messages is not None:
             builder.add_conversation(item)
         else:
@@ -132,6 +144,7 @@ class _UnitBuilder:
     text_bytes: list[int] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    judged: list[tuple[int, str, float]] = field(default_factory=list)  # (record, domain, score)
 
     def add_texts(self, documents: list[Document]) -> None:
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -150,6 +163,15 @@ class _UnitBuilder:
         # Bits per byte of an answer would be about the answer's bytes, not the document's: the length stays unknown.
         mask = 1 - np.array(rendered.trained, np.uint8)
         self._add(document, tokens, mask, tokens.tobytes(), 0)
+
+    def add_answers(self, document: Document) -> None:
+        prompt = document.messages or ()
+        record = self.judged[-1][0] + 1 if self.judged else 0
+        for answer in document.answers:
+            ids = render((*prompt, *answer.turns), self.tokenizer).ids
+            tokens = np.array(ids, token_type(self.tokenizer.vocab_size))
+            self._add(document, tokens, None, tokens.tobytes(), 0)
+            self.judged.append((record, document.domain, answer.score))
 
     def add_tokens(self, document: Document) -> None:
         assert document.tokens is not None
@@ -198,4 +220,11 @@ class _UnitBuilder:
             size=unit.size,
             name=unit.name,
             lines_read=unit.lines,
+            judgements=self._judgements(),
         )
+
+    def _judgements(self) -> Judgements | None:
+        if not self.judged:
+            return None
+        records, domains, scores = zip(*self.judged)
+        return Judgements(np.array(records, np.int64), list(domains), np.array(scores, np.float64))

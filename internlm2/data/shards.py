@@ -32,6 +32,8 @@ _COLUMNS = {
     "file_index": np.int64,
     "lines": np.int64,
 }
+# Only where the documents are answers to compare.
+_JUDGEMENT_COLUMNS = {"records": np.int64, "domain_index": np.int64, "scores": np.float64}
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,28 @@ class Shard:
         files = json.loads((self.folder / "files.json").read_text(encoding="utf-8"))
         return BadRecord(files[self._column("file_index")[number]], int(self._column("lines")[number]), "").place
 
+    @property
+    def domains(self) -> list[str]:
+        """The domains by whose standards its documents were compared; empty where they are no answers to compare."""
+        return list(self.meta.get("domains", []))
+
+    @property
+    def records(self) -> np.ndarray:
+        """[documents] int64: answers to one prompt have the number of their record in common."""
+        return self._column("records")
+
+    @property
+    def domain_index(self) -> np.ndarray:
+        """[documents] int64, index into `domains`."""
+        return self._column("domain_index")
+
+    @property
+    def scores(self) -> np.ndarray:
+        """[documents] float64: how good a judge found each answer, to be compared inside its record only."""
+        return self._column("scores")
+
     def _column(self, name: str) -> np.ndarray:
-        return np.memmap(self.folder / f"{name}.bin", _COLUMNS[name], mode="r")
+        return np.memmap(self.folder / f"{name}.bin", (_COLUMNS | _JUDGEMENT_COLUMNS)[name], mode="r")
 
 
 def shard_of(
@@ -163,6 +185,8 @@ class _Writer:
         self.bad_first: list[str] = []
         self.files: dict[str, int] = {}
         self.lines_before: dict[str, int] = {}
+        self.domains: dict[str, int] = {}
+        self.records = 0
         # Apart from each other, so that the division into units leaves no trace.
         self.content = {part: hashlib.blake2b(digest_size=16) for part in ("tokens", "lengths", "masked")}
         self.streams: dict[str, BinaryIO] = {}
@@ -200,6 +224,7 @@ class _Writer:
         for column, values in columns.items():
             self.streams[column].write(np.ascontiguousarray(values).data)
         self._add_mask(unit)
+        self._add_judgements(unit)
         self.content["tokens"].update(unit.tokens.astype("<u4").data)
         self.content["lengths"].update(unit.lengths.astype("<i8").data)
         self.documents += len(unit.lengths)
@@ -228,6 +253,25 @@ class _Writer:
         self.masked += int(unit.mask.sum())
         self.content["masked"].update((self.tokens + np.flatnonzero(unit.mask)).astype("<i8").data)
 
+    def _add_judgements(self, unit: EncodedUnit) -> None:
+        if unit.judgements is None:
+            return
+        domains = [self.domains.setdefault(domain, len(self.domains)) for domain in unit.judgements.domains]
+        columns = {
+            "records": self.records + unit.judgements.records,
+            "domain_index": np.array(domains, np.int64),
+            "scores": unit.judgements.scores,
+        }
+        for column, values in columns.items():
+            if column not in self.streams:
+                self.streams[column] = self._open(column)
+                self.content[column] = hashlib.blake2b(digest_size=16)
+            self.streams[column].write(np.ascontiguousarray(values).data)
+        self.content["records"].update(columns["records"].astype("<i8").data)
+        self.content["scores"].update(columns["scores"].astype("<f8").data)
+        self.content["domain_index"].update("".join(f"{name}\0" for name in unit.judgements.domains).encode())
+        self.records += int(unit.judgements.records[-1]) + 1
+
     def _content_hash(self) -> str:
         return hashlib.blake2b(b"".join(part.digest() for part in self.content.values()), digest_size=16).hexdigest()
 
@@ -246,6 +290,7 @@ class _Writer:
             "content": self._content_hash(),
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            "domains": list(self.domains),
             "bad": self.bad,
             "bad_first": self.bad_first,
             "sizes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},

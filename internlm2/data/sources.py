@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm2.config import ConfigError, DataConfig, SourceConfig
-from internlm2.data import dialog_packages, docstring_questions, record_files, stdlib_corpus, toy_language
+from internlm2.data import (
+    dialog_packages,
+    docstring_preferences,
+    docstring_questions,
+    needles,
+    record_files,
+    stdlib_corpus,
+    toy_language,
+)
 from internlm2.data.chat import FORMAT as CHAT_FORMAT
 from internlm2.data.conversations import ConversationReader
 from internlm2.data.documents import Document, MemoryUnit, Unit
+from internlm2.data.preferences import FORMAT as PREFERENCE_FORMAT
+from internlm2.data.preferences import PreferenceReader
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz"),
@@ -21,15 +31,18 @@ SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
     "internevo": (".bin",),
     "conversations": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz", ".parquet"),
+    "preferences": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz", ".parquet"),
 }
 # Kinds without files, and the module that makes the documents of their parts.
 MADE = {
     "stdlib": {
         **dict.fromkeys(("code", "packages", "prose", "docstrings"), stdlib_corpus),
         **dict.fromkeys(docstring_questions.PARTS, docstring_questions),
+        **dict.fromkeys(docstring_preferences.PARTS, docstring_preferences),
     },
     "package": dict.fromkeys(dialog_packages.PARTS, dialog_packages),
     "toy": dict.fromkeys(toy_language.PARTS, toy_language),
+    "needles": dict.fromkeys(needles.PARTS, needles),
 }
 # Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they
 # are the same.
@@ -49,6 +62,7 @@ class Source:
     files: tuple[Path, ...]
     base: Path
     format: str = "auto"
+    domain: str = "default"
 
     def units(self) -> list[Unit]:
         """Everything in the source as units of work, in an order that depends on the names of the files only."""
@@ -61,6 +75,8 @@ class Source:
         reader: record_files.RecordReader = record_files.TextReader(self.field)
         if self.kind == "conversations":
             reader = ConversationReader(self.format)
+        elif self.kind == "preferences":
+            reader = PreferenceReader(self.domain)
         for path, name in zip(self.files, names):
             if self.kind != "internevo" and path.suffix == ".parquet":
                 units.extend(record_files.parquet_units(path, name, reader))
@@ -75,6 +91,8 @@ class Source:
         digest = hashlib.sha256(f"{self.kind} {self.part} {self.field}\n".encode())
         if self.kind == "conversations":
             digest.update(f"{self.format} {CHAT_FORMAT}\n".encode())
+        elif self.kind == "preferences":
+            digest.update(f"{self.domain} {CHAT_FORMAT} {PREFERENCE_FORMAT}\n".encode())
         if self.part is not None:
             digest.update(MADE[self.kind][self.part].manifest(self.part).encode())
         for path in self.files:
@@ -103,7 +121,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
     if config.path is None:
         raise ConfigError(f"{key}: kind={config.kind} needs path: a file, a folder or a pattern such as /data/*.jsonl")
     files, base = _find_files(key, config.path, config.kind)
-    return Source(name, config.kind, None, config.field, tuple(files), base, config.format)
+    return Source(name, config.kind, None, config.field, tuple(files), base, config.format, config.domain)
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
@@ -131,9 +149,9 @@ def check_sources(config: DataConfig) -> None:
     elif tokenizer.kind in ("inherit", "toy"):
         return  # the stage puts the file of the inherited weights in its place, or writes the one of the toy language
     elif tokenizer.path is None:
-        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path")
+        raise ConfigError(f"data.tokenizer.kind={tokenizer.kind} needs data.tokenizer.path, the tokenizer's file")
     elif not Path(tokenizer.path).expanduser().exists():
-        raise ConfigError(f"data.tokenizer.path: there is no {tokenizer.path}")
+        raise ConfigError(f"data.tokenizer.path={tokenizer.path}: no such file or folder")
 
 
 def check_weights(weights, sources, key: str) -> None:

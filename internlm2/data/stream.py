@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from internlm2.config import ConfigError
+from internlm2.config import ConfigError, TrainConfig
 from internlm2.data.corpus import Corpus
 from internlm2.data.long_conversations import POLICIES, Shortened, shorten
 from internlm2.data.mixture import SlotTable
@@ -125,6 +125,15 @@ class TokenStream:
 
         return collate([self[position] for position in positions])
 
+    def micro_batches(self, position: int, train: TrainConfig, rank: int, world_size: int) -> list["PackedBatch"]:
+        """This rank's micro-batches of the step at `position`; its rows do not depend on how they are split."""
+        rows, size = range(position + rank, position + train.rows_per_step, world_size), train.micro_batch
+        return [self.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def next_position(self, position: int, train: TrainConfig) -> int:
+        """Where the step after the one at `position` begins."""
+        return position + train.rows_per_step
+
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint keeps so that a resumed run goes on with the same rows."""
         return {"position": position, "fingerprint": self.fingerprint, "parts": self.parts}
@@ -135,18 +144,7 @@ class TokenStream:
         With `on_change="refuse"` a difference raises ConfigError; with "accept" it is a warning, and the position
         counts rows of the new stream.
         """
-        if saved["fingerprint"] == self.fingerprint:
-            return []
-        before, now = saved.get("parts", {}), self.parts
-        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        message = f"the training data changed since the checkpoint ({', '.join(changed) or 'fingerprint'})"
-        if on_change != "accept":
-            raise ConfigError(
-                f"{message}, so that position {saved['position']} would mean other rows. Restore it, or set "
-                "data.on_change=accept to go on at the same position of the new data."
-            )
-        logger.warning("%s; going on at position %s of the new data", message, saved["position"])
-        return changed
+        return refuse_changed(saved, self.fingerprint, self.parts, on_change)
 
     def describe(self, rows: int) -> list[PoolUse]:
         """What the first `rows` positions take from each pool: tokens, share and epochs."""
@@ -258,6 +256,22 @@ class TokenStream:
         for pool in self.pools:
             parts[f"rows of {pool.name}"] = pool.plan.content
         return parts
+
+
+def refuse_changed(saved: Mapping[str, Any], fingerprint: str, parts: Mapping[str, Any], on_change: str) -> list[str]:
+    """The names of the parts in which a saved state differs; ConfigError or, with on_change="accept", a warning."""
+    if saved["fingerprint"] == fingerprint:
+        return []
+    before = saved.get("parts", {})
+    changed = [name for name in sorted(before.keys() | parts.keys()) if before.get(name) != parts.get(name)]
+    message = f"the training data changed since the checkpoint ({', '.join(changed) or 'fingerprint'})"
+    if on_change != "accept":
+        raise ConfigError(
+            f"{message}, so that position {saved['position']} would mean other rows. Restore it, or set "
+            "data.on_change=accept to go on at the same position of the new data."
+        )
+    logger.warning("%s; going on at position %s of the new data", message, saved["position"])
+    return changed
 
 
 def _bounds(buckets: Sequence[LengthBucket]) -> list[tuple[float, int, int | None]]:

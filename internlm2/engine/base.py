@@ -1,6 +1,7 @@
 """What every engine offers to a stage: one training step over many ranks, and its state as fragments by name."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -84,13 +85,22 @@ class Fragment(NamedTuple):
 class Engine(Protocol):
     """One model in training. `single` is plain PyTorch in one process; engines over many ranks offer the same.
 
-    After writing to fragments call `fragments_changed()`. `reduce_sum` is the one collective that other rooms use:
-    sums of floats over all ranks in float64, the same result on each (a maximum or an any() of flags can be read from
-    sums as well).
+    Every method that needs other ranks is called by all of them at the same time.
+
+    `rank`, `world_size`: among all processes. `data_rank`, `data_ranks`: which share of the rows is this rank's; ranks
+    that share a row (sequence parallelism) have the same. `reduce_sum` sums floats over all ranks in float64, the same
+    result on each (an any() of flags can be read from a sum as well); `sum_over_data` sums what follows from the data,
+    which ranks that share a row count once. `rank_seconds` gives, on every rank, the seconds that each rank's own work
+    took in the last step, so that a slow one can be found. `whole()` is a context that gives the model as a plain
+    module with all its weights on every rank, to generate with or to measure. After writing to fragments call
+    `fragments_changed()`; `saves` says whether this rank's fragments belong into a checkpoint or are copies of
+    another's.
     """
 
     rank: int
     world_size: int
+    data_rank: int
+    data_ranks: int
     device: torch.device
     model: nn.Module
     step: int
@@ -100,6 +110,15 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Sequence[Batch], loss_fn: LossFunction) -> EvalResult: ...
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]: ...
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]: ...
+
+    def rank_seconds(self) -> list[float]: ...
+
+    def whole(self) -> AbstractContextManager[nn.Module]: ...
+
+    @property
+    def saves(self) -> bool: ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 

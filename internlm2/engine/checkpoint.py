@@ -78,7 +78,7 @@ class CheckpointWriter:
         text = _to_json({**state, "format": FORMAT, "step": engine.step, "engine": engine.state_dict()})
         host: dict[str, torch.Tensor] = {}
         spoilt: list[str] = []
-        for fragment in engine.fragments():
+        for fragment in engine.fragments() if engine.saves else ():
             copy = fragment.view.detach().to("cpu", torch.float32, copy=True)
             host[fragment_key(fragment.name, fragment.kind, fragment.offset)] = copy
             if not _is_finite(copy):

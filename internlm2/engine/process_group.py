@@ -1,7 +1,6 @@
 """The ranks' process group: made once for the whole process, before the first model."""
 
 import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -31,29 +30,6 @@ def join(device: torch.device, timeout_seconds: float = 1800.0) -> Ranks:
             backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
         )
     return ranks
-
-
-def leave() -> None:
-    """Wait for all ranks, then leave the group."""
-    if dist.is_initialized():
-        barrier()
-        dist.destroy_process_group()
-
-
-def leave_and_exit(code: int) -> None:
-    """End this rank's process with `code`, without the interpreter's teardown.
-
-    gloo's threads sometimes outlive the group, and then abort the process at exit with all work done: the launcher
-    would take a finished run for a failed one. Everything is flushed before. One rank exits in the ordinary way.
-    """
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if several:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def sum_over_ranks(values: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:

@@ -1,5 +1,6 @@
 """`engine=single`: one process, plain PyTorch, fp32 master weights and fp32 gradient accumulation."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +28,9 @@ class SingleEngine:
     (requires_grad=False) are cast, and are no part of the state.
     """
 
-    rank = 0
-    world_size = 1
+    rank = data_rank = 0
+    world_size = data_ranks = 1
+    saves = True
 
     def __init__(
         self,
@@ -153,6 +155,19 @@ class SingleEngine:
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum each value over all ranks: here there is one."""
         return list(values)
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """Sum each value over the ranks with different data: here there is one."""
+        return list(values)
+
+    def rank_seconds(self) -> list[float]:
+        """Of use with several ranks only: nothing is measured here."""
+        return [0.0]
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The model itself, which is whole."""
+        yield self.model
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of each trainable parameter."""

@@ -27,7 +27,7 @@ class HeldOut:
         """By source: `loss` (nats a token), `bits_per_byte` (of the text that the targets spell) and `tokens`."""
         found = {}
         for source, batches in self.batches.items():
-            mine = batches[engine.rank :: engine.world_size]
+            mine = batches[engine.data_rank :: engine.data_ranks]
             result = engine.evaluate(mine, loss)
             spelled = sum(self._bytes(batch) for batch in batches)
             bits = result.loss * result.tokens / math.log(2)

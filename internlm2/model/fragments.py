@@ -29,7 +29,9 @@ class Checkpoint:
         self.config = read_run_config(self.run)
         index = _json(path / "index.json")
         try:
-            self.shapes = {name: tuple(shape) for name, shape in index["parameters"].items()}
+            shapes = {name: tuple(shape) for name, shape in index["parameters"].items()}
+            # A PPO checkpoint holds its critic beside the policy, for training to go on.
+            self.shapes = {name: shape for name, shape in shapes.items() if not name.startswith("critic.")}
         except (KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{path / 'index.json'} is damaged: it has no parameters with shapes.") from error
         self._pieces: dict[str, list[tuple[int, StoredTensor]]] = {}

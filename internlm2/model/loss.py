@@ -28,13 +28,49 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: 
     return _CrossEntropySum.apply(hidden, weight, labels, chunk or _chunk_tokens(weight))
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
     """The loss of each token, [T] float32, 0 where the label is -100; log-probability of the label = minus the loss.
 
     For evaluation, and for objectives that weigh tokens (any gradient on the result is right: logits are recomputed).
+    `temperature` divides the logits.
     """
     _check(hidden, weight, labels)
-    return _TokenCrossEntropy.apply(hidden, weight, labels, chunk or _chunk_tokens(weight))
+    return _TokenCrossEntropy.apply(hidden, weight, labels, temperature, False, chunk or _chunk_tokens(weight))[0]
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log softmax(logits / temperature)[label], entropy of that distribution), each [T] float32, natural.
+
+    What policy gradients need of T tokens; gradient flows through both. Labels are all >= 0.
+    """
+    _check(hidden, weight, labels)
+    losses, entropy = _TokenCrossEntropy.apply(
+        hidden, weight, labels, temperature, True, chunk or _chunk_tokens(weight)
+    )
+    return -losses, entropy
+
+
+@torch.no_grad()
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Exact KL(p || q) at each position over the whole vocabulary, [T] float32; p from `hidden`, q from the other."""
+    size, parts = chunk or _chunk_tokens(weight), []
+    for mine, theirs in zip(hidden.split(size), other_hidden.split(size), strict=True):
+        p = _scaled(_product(mine, weight), temperature).log_softmax(-1)
+        q = _scaled(_product(theirs, other_weight), temperature).log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -56,7 +92,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t()
 
 
-def _softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32 at least, divided by the temperature; at 1 float32 logits are passed on as they are."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1.0 else wide / temperature
+
+
+def _softmax(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """One chunk's probabilities [t, V] and losses [t] (0 where the label is -100), both float32 at least.
 
     loss = log-sum-exp - logit of the label; the log-sum-exp comes from the largest logit and its probability, which
@@ -64,10 +106,10 @@ def _softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Te
     """
     logits = _product(hidden, weight)
     largest, at = logits.max(dim=-1)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = _scaled(logits, temperature)
     target = wide.gather(1, labels.clamp_min(0)[:, None])[:, 0]
     probabilities = torch.softmax(wide, dim=-1)
-    log_sum = largest.to(wide.dtype) - probabilities.gather(1, at[:, None])[:, 0].log()
+    log_sum = largest.to(wide.dtype) / temperature - probabilities.gather(1, at[:, None])[:, 0].log()
     return probabilities, (log_sum - target).masked_fill_(labels < 0, 0.0)
 
 
@@ -94,6 +136,14 @@ class _Gradients:
             self.of_hidden[start : start + len(hidden)] = _product(logits, self.weight.t()).mul_(scale)
         if self.of_weight is not None:
             self.of_weight += _product(logits.t(), (hidden * scale).t())
+
+    def add_logits(self, start: int, hidden: Tensor, of_logits: Tensor) -> None:
+        """One chunk whose gradient of the logits [t, V] is known already."""
+        of_logits = of_logits.to(hidden.dtype)
+        if self.of_hidden is not None:
+            self.of_hidden[start : start + len(hidden)] = _product(of_logits, self.weight.t())
+        if self.of_weight is not None:
+            self.of_weight += _product(of_logits.t(), hidden.t())
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         return self.of_hidden, None if self.of_weight is None else self.of_weight.to(self.weight.dtype)
@@ -126,20 +176,51 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
+    """(losses [T], entropies [T] or an empty tensor where `with_entropy` is false)."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.chunk = chunk
-        chunks = zip(hidden.split(chunk), labels.split(chunk))
-        return torch.cat([_softmax(part, weight, targets)[1] for part, targets in chunks])
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_entropy: bool, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        losses, entropies = [], []
+        for part, targets in zip(hidden.split(chunk), labels.split(chunk)):
+            probabilities, loss = _softmax(part, weight, targets, temperature)
+            losses.append(loss)
+            if with_entropy:
+                entropies.append(_entropy(probabilities))
+        entropy = torch.cat(entropies) if with_entropy else hidden.new_empty(0)
+        ctx.save_for_backward(hidden, weight, labels, entropy)
+        ctx.chunk, ctx.temperature = chunk, temperature
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
+        return torch.cat(losses), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, labels = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, entropy = ctx.saved_tensors
         gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+        if grad is None:
+            grad = torch.zeros(
+                len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+            )
         for start in range(0, len(hidden), ctx.chunk):
-            part, targets = hidden[start : start + ctx.chunk], labels[start : start + ctx.chunk]
-            probabilities, _ = _softmax(part, weight, targets)
-            gradients.add(start, part, targets, probabilities, grad[start : start + ctx.chunk] * (targets >= 0))
-        return *gradients.result(), None, None
+            chunk = slice(start, start + ctx.chunk)
+            targets = labels[chunk]
+            probabilities, _ = _softmax(hidden[chunk], weight, targets, ctx.temperature)
+            scale = grad[chunk] * (targets >= 0) / ctx.temperature
+            if grad_entropy is None:
+                gradients.add(start, hidden[chunk], targets, probabilities, scale)
+                continue
+            # d entropy / d logit = -p (log p + entropy), joined to the loss's p - onehot before the products.
+            surprise = torch.where(probabilities > 0, probabilities, 1.0).log_() + entropy[chunk, None]
+            of_logits = probabilities * (scale[:, None] - surprise * (grad_entropy[chunk] / ctx.temperature)[:, None])
+            of_logits[torch.arange(len(targets), device=targets.device), targets.clamp_min(0)] -= scale
+            gradients.add_logits(start, hidden[chunk], of_logits)
+        return *gradients.result(), None, None, None, None
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """[t, V] -> [t], natural; a probability that has underflowed to 0 adds 0."""
+    return torch.special.entr(probabilities).sum(-1)

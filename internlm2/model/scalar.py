@@ -65,11 +65,17 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """ids [T] int64, cu_seqlens [n + 1] int32 -> one number for each position, [T] float32 (float64 stays)."""
-        return self.v_head(self.model(ids, cu_seqlens, max_seqlen))
+        values, ranks = self.v_head(self.model(ids, cu_seqlens, max_seqlen)), self.model.sequence_parallel
+        return values if ranks is None else ranks.gather(values, len(ids))
 
     def scores(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """The number at the last token of each sequence, [n] float32. Its place comes from the lengths alone."""
-        return self(ids, cu_seqlens, max_seqlen)[cu_seqlens[1:].long() - 1]
+        return last_values(self(ids, cu_seqlens, max_seqlen), cu_seqlens)
+
+
+def last_values(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """values [T] -> the one at the last token of each sequence, [n]: a reward model's scores."""
+    return values[cu_seqlens[1:].long() - 1]
 
 
 def load_scalar_model(

@@ -5,6 +5,7 @@ D head dim, V vocabulary. Pre-norm, no bias anywhere. Parameter names are those 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from internlm2.config import ConfigError, ModelConfig
 from internlm2.model.embedding import Embedding
 from internlm2.model.feed_forward import FeedForward
 from internlm2.model.initialization import initialize
-from internlm2.model.loss import cross_entropy_sum, token_cross_entropy
+from internlm2.model.loss import cross_entropy_sum, token_cross_entropy, token_logprobs
 from internlm2.model.norm import RMSNorm
 from internlm2.model.rope import RopeTables
+from internlm2.model.sequence_parallel import SequenceParallel
 from internlm2.ops import Linear, rope_attention
+
+IGNORE = -100  # the label of a position without a loss
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Packing:
     sin: Tensor
     table_offsets: Tensor | None  # [n] int32
     backend: str
+    ranks: SequenceParallel | None = None  # that share the row
 
 
 class Attention(nn.Module):
@@ -42,8 +47,11 @@ class Attention(nn.Module):
         self.wo = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        qkv = self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim)
+        if packing.ranks is not None:
+            qkv = packing.ranks.scatter_groups(qkv)
         out = rope_attention(
-            self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim),
+            qkv,
             packing.cos,
             packing.sin,
             packing.cu_seqlens,
@@ -51,6 +59,8 @@ class Attention(nn.Module):
             table_offsets=packing.table_offsets,
             backend=packing.backend,
         )
+        if packing.ranks is not None:
+            out = packing.ranks.gather_heads(out)
         return self.wo(out.flatten(1))
 
 
@@ -74,7 +84,11 @@ class InternLM2(nn.Module):
 
     attention  backend of `rope_attention`: auto, native, flash_attn, torch_varlen, sdpa or reference
     recompute  none, or full: keep each layer's input alone and run the layer again in the backward pass
+
+    With `sequence_parallel`, which an engine sets, each rank of that group holds and returns its part of the tokens.
     """
+
+    sequence_parallel: SequenceParallel | None = None
 
     def __init__(self, config: ModelConfig, *, attention: str = "auto", recompute: str = "none"):
         super().__init__()
@@ -95,8 +109,14 @@ class InternLM2(nn.Module):
         """Packed sequences ids [T] int64, cu_seqlens [n + 1] int32 -> hidden [T, C], after the final norm.
 
         Positions start at 0 in each sequence and attention stays inside it. `max_seqlen` saves a look at cu_seqlens,
-        which on a GPU would stall the stream.
+        which on a GPU would stall the stream. With sequence parallelism hidden is this rank's [L, C].
         """
+        ranks = self.sequence_parallel
+        if ranks is not None:
+            if max_seqlen is not None:
+                max_seqlen = max(max_seqlen, ranks.padding(len(ids)))
+            cu_seqlens = ranks.pad_sequences(cu_seqlens, len(ids))
+            ids = ranks.shard(ids, 0)
         packing = self.packing(cu_seqlens, max_seqlen)
         x = self.tok_embeddings(ids)
         for layer in self.layers:
@@ -114,20 +134,24 @@ class InternLM2(nn.Module):
             cos, sin, offsets = self.rope.tables(cu_seqlens.diff().tolist(), cu_seqlens.device)
         else:
             (cos, sin), offsets = self.rope.table(max(max_seqlen, 1), cu_seqlens.device), None
-        return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend)
+        return Packing(cu_seqlens, max_seqlen, cos, sin, offsets, self.backend, self.sequence_parallel)
 
 
 class LMHead(Linear):
-    """Hidden states to logits, or straight to the loss.
+    """Hidden states to logits, or straight to the loss or the log-probabilities.
 
-    One forward for both, so that engines that gather weights see it.
+    One forward for all, so that engines that gather weights see it.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        return super().forward(hidden) if labels is None else cross_entropy_sum(hidden, self.weight, labels)
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: float | None = None) -> Any:
+        if labels is None:
+            return super().forward(hidden)
+        if temperature is not None:
+            return token_logprobs(hidden, self.weight, labels, temperature=temperature)
+        return cross_entropy_sum(hidden, self.weight, labels)
 
 
 class CausalLM(nn.Module):
@@ -173,7 +197,12 @@ class CausalLM(nn.Module):
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """Logits [T, V]; with `labels` [T] int64 the summed loss instead, and no logits in memory at once."""
-        return self.head(self.model(ids, cu_seqlens, max_seqlen), labels)
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return self.head(hidden, labels)
+        if labels is None:
+            return ranks.gather(self.head(hidden), len(ids))
+        return ranks.sum(self.head(hidden, ranks.shard(labels, IGNORE)))
 
     def head(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden [..., C] -> logits [..., V], or the summed loss (float32 scalar) where labels are given."""
@@ -181,6 +210,33 @@ class CausalLM(nn.Module):
             return self.output(hidden, labels)
         weight = self.model.tok_embeddings.weight
         return hidden @ weight.t() if labels is None else cross_entropy_sum(hidden, weight, labels)
+
+    def logprobs(
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        at: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `labels` [A] as the tokens after positions `at` [A] of the packed row, and the
+        entropies there, each [A] float32, natural, of softmax(logits / temperature). Gradient flows.
+
+        Only these positions meet the output matrix: a prompt's tokens cost nothing there.
+        """
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return self._logprobs(hidden[at], labels, temperature)
+        mine = at // len(hidden) == ranks.rank
+        found = self._logprobs(hidden[at[mine] - ranks.rank * len(hidden)], labels[mine], temperature)
+        logprobs, entropies = (ranks.sum(part.new_zeros(len(at)).masked_scatter(mine, part)) for part in found)
+        return logprobs, entropies
+
+    def _logprobs(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if self.output is not None:
+            return self.output(hidden, labels, temperature)
+        return token_logprobs(hidden, self.model.tok_embeddings.weight, labels, temperature=temperature)
 
     def loss(
         self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
@@ -193,4 +249,8 @@ class CausalLM(nn.Module):
 
     def token_losses(self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """Cross entropy of each position, [T] float32, 0 where the label is -100. Gradient flows."""
-        return token_cross_entropy(self.model(ids, cu_seqlens, max_seqlen), self.output_weight, labels)
+        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        if ranks is None:
+            return token_cross_entropy(hidden, self.output_weight, labels)
+        mine = token_cross_entropy(hidden, self.output_weight, ranks.shard(labels, IGNORE))
+        return ranks.gather(mine, len(ids))

@@ -30,10 +30,14 @@ class RunDirectory:
     checkpoints/       step_XXXXXXXX/
     export/            the finished model
     report.html        the page
+
+    `writes`: whether this process may write here; of several ranks only the first does, and for the others every
+    method that writes, `lock` included, does nothing. Checkpoints are written by all ranks.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -58,6 +62,9 @@ class RunDirectory:
         An flock on `.lock`: the kernel drops it with the process, whatever ends that, so no stale lock ever needs
         removing. Forked children close their copy at once, or an orphaned worker would keep the directory locked.
         """
+        if not self.writes:
+            yield
+            return
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,12 +93,15 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Save the composed config (YAML)."""
-        replace_text(self.config, text)
+        if self.writes:
+            replace_text(self.config, text)
 
     def write_json(self, name: str, content: object) -> None:
         """Save `content` as `name` (such as data.json, handover.json, evaluation/by_position.json), whole or not at
         all.
         """
+        if not self.writes:
+            return
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_text(target, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

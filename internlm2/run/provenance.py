@@ -40,8 +40,10 @@ def record_start(run: RunDirectory, *, step: int, config: str, command: list[str
     """Append this start to provenance.json and write config.yaml; returns what was appended.
 
     `step`: finished steps at this start (0, or that of the checkpoint resumed from). A config that differs from the
-    last start's is kept as a diff. Rank 0 calls it, holding the run's lock.
+    last start's is kept as a diff. Ranks that do not write get {}.
     """
+    if not run.writes:
+        return {}
     history = read_provenance(run)
     starts = history["starts"]
     entry = {
@@ -69,7 +71,7 @@ def record_start(run: RunDirectory, *, step: int, config: str, command: list[str
 def record_end(run: RunDirectory, *, step: int | None, status: str) -> None:
     """Note how the last start ended: `finished`, `stopped` (a signal, saved) or `failed`. A kill leaves no note."""
     history = read_provenance(run)
-    if history["starts"]:
+    if run.writes and history["starts"]:
         history["starts"][-1]["end"] = {"time": _now(), "step": step, "status": status}
         replace_text(run.provenance, json.dumps(history, indent=1) + "\n")
 

@@ -1,7 +1,10 @@
 """Which of a job's processes this is, from the environment of torchrun, of srun or of our own launcher. No torch."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from internlm2.config.errors import ConfigError
@@ -51,6 +54,34 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Ranks:
         told = ", ".join(f"{name}={values[name]}" for name in names if name in values)
         raise ConfigError(f"The launcher's variables do not fit together: {told}.")
     return Ranks(rank, world_size, local_rank, local_world_size)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Around the program of one of several ranks: the process ends with it, by its exit code, without teardown.
+
+    After a failure the interpreter would wait for threads, such as one that waits for a dead rank's part of a
+    checkpoint; and after success gloo's threads sometimes abort the process with all work done. On one rank it does
+    nothing.
+    """
+    if from_environment().world_size == 1:
+        yield
+        return
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if code != 1 and distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _number(values: Mapping[str, str], name: str) -> int:

@@ -1,30 +1,38 @@
-"""Stopping politely: SIGTERM or Ctrl-C finishes the step, saves and exits; a second Ctrl-C does not wait.
+"""Stopping politely: a signal finishes the step, saves and exits; a second Ctrl-C does not wait.
 
-Exit codes of a run: 0 finished; 143 (128 + SIGTERM) or 130 (128 + SIGINT) stopped by that signal and saved, so that a
-scheduler sees that it did not finish; 1 anything else.
+SIGTERM and Ctrl-C end the run. SIGUSR1 and SIGUSR2, which schedulers send before a time limit or a preemption, say that
+it will be started again: a launcher that sees their exit codes requeues the job. (Never on SIGTERM: SLURM's scancel
+sends it, and a job that requeues itself then cannot be cancelled.)
+
+Exit codes of a run: 0 finished; 128 + the signal's number where one stopped it and the step was saved (143 SIGTERM, 130
+SIGINT, 138 SIGUSR1, 140 SIGUSR2); 2 bad input; 1 anything else.
 """
 
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 FINISHED = 0
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, *REQUEUE)
 
 
 class StopSignals:
     """Context in which the stopping signals set a flag that the training loop reads between steps.
 
-    `requested` is None or the signal. Over several ranks the flag is summed before anybody acts on it
-    (engine.reduce_sum), since a signal reaches them at different steps. A second SIGINT raises KeyboardInterrupt at
-    once; the checkpoints saved before are whole. Handlers that were there before are restored at the end. Outside the
-    main thread it sets no handlers (Python forbids it).
+    `requested` is None or the signal. Over several ranks it is what they last agreed on (`agree`, between two steps),
+    since a signal reaches them at different moments and some of them not at all. A second SIGINT raises
+    KeyboardInterrupt at once; the checkpoints saved before are whole. Handlers that were there before are restored at
+    the end. Outside the main thread it sets no handlers (Python forbids it).
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = _STOPPING) -> None:
         self.signals = signals
-        self.requested: signal.Signals | None = None
+        self._received: signal.Signals | None = None
+        self._agreed: signal.Signals | None = None
+        self._is_shared = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -42,10 +50,22 @@ class StopSignals:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested is not None:
+        if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
-        if self.requested is None:
-            self.requested = signal.Signals(number)
+        if self._received is None:
+            self._received = signal.Signals(number)
+
+    @property
+    def requested(self) -> signal.Signals | None:
+        """The signal to act on: the ranks' common one as soon as they have talked, else this process's."""
+        return self._agreed if self._is_shared else self._received
+
+    def agree(self, sum_over_ranks: Callable[[Sequence[float]], list[float]]) -> bool:
+        """Did a signal reach any rank? Then every rank takes it for its own: one exit code for all. Collective."""
+        counts = sum_over_ranks([float(number == self._received) for number in self.signals])
+        reached = [number for number, count in zip(self.signals, counts) if count > 0]
+        self._is_shared, self._agreed = True, reached[0] if reached else None
+        return bool(reached)
 
     @property
     def exit_code(self) -> int:
@@ -55,4 +75,7 @@ class StopSignals:
     def message(self, step: int) -> str:
         """What a person reads after the last save."""
         name = self.requested.name if self.requested is not None else "no signal"
-        return f"Stopped by {name} after step {step}, which is saved. Start the same command again to go on from there."
+        saved = f"Stopped by {name} after step {step}, which is saved."
+        if self.requested in REQUEUE:
+            return f"{saved} Exit code {self.exit_code} asks for a new start, which goes on from there."
+        return f"{saved} Start the same command again to go on from there."

@@ -24,7 +24,9 @@ FIGURE = "evaluation/by_position.json"
 
 
 class ContextLength:
-    """The same held-out documents for the weights that a stage starts from and for those that it ends with."""
+    """The same held-out documents for the weights that a stage starts from and for those that it ends with; measured
+    by the rank that writes.
+    """
 
     def __init__(self, corpus: Corpus, sources: Sequence[str], seq_len: int, rows: int, run: RunDirectory) -> None:
         self.seq_len, self.run = seq_len, run
@@ -36,7 +38,7 @@ class ContextLength:
 
     def measure_start(self, source: Path, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         """Measure the weights at `source` with the RoPE base that they were trained with; once, also over restarts."""
-        if not self.rows or (self.run.path / BASELINE).exists():
+        if not self.rows or not self.run.writes or (self.run.path / BASELINE).exists():
             return
         model = load_model(source, device=device, dtype=dtype, attention=attention)
         measured = loss_by_position(model, self.rows, self.seq_len)
@@ -45,7 +47,7 @@ class ContextLength:
 
     def measure_end(self, model: CausalLM, stage: str) -> None:
         """Measure the trained model and write the figure."""
-        if not self.rows:
+        if not self.rows or not self.run.writes:
             return
         measured = loss_by_position(model, self.rows, self.seq_len)
         curves, note = {f"after {stage}": measured}, ""

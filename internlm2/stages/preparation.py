@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -18,10 +18,12 @@ from internlm2.data.prepare import prepare
 from internlm2.data.stream import TokenStream
 from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.usage import usage_table
-from internlm2.engine.base import Engine, LossFunction
+from internlm2.engine.base import Engine, LossFunction, StepResult
+from internlm2.engine.build import place_of_new_model
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
 from internlm2.generation.build import describe_generation
+from internlm2.model.scalar import ScalarModel
 from internlm2.model.transformer import CausalLM
 from internlm2.ops.attention import describe_backend
 from internlm2.run.directory import RunDirectory
@@ -30,7 +32,7 @@ from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import FORMULA, Throughput, peak_flops
 from internlm2.stages import handover
-from internlm2.stages.supervised import Job, resume, train
+from internlm2.stages.supervised import Job, Stream, loss_tokens, resume, train
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def load_data(config: Config, directory: RunDirectory, console: Console) -> Data
     settings.tokenizer = settle_tokenizer(config)
     weights = {source: weight for source, weight in settings.weights[config.stage.name].items() if weight > 0}
     tokenizer, corpus = prepare(settings, config.model.vocab_size, console.is_terminal, weights)
-    tokenizer.save(directory.path / "tokenizer")
+    if directory.writes:
+        tokenizer.save(directory.path / "tokenizer")
     stream = open_stream(settings, corpus, weights, config)
     if config.train.by_epochs:
         config.train.tokens = round(
@@ -78,8 +81,15 @@ def open_stream(settings: DataConfig, corpus: Corpus, weights: dict[str, float],
     )
 
 
-def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory) -> CausalLM:
-    """Random or inherited weights, in fp32 until the engine casts them; writes handover.json."""
+Model = TypeVar("Model", CausalLM, ScalarModel)
+
+
+def start_model(
+    kind: type[Model], config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory
+) -> Model:
+    """A CausalLM or ScalarModel with random or inherited weights, in fp32 until the engine casts them; writes
+    handover.json.
+    """
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
     try:
         log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
@@ -87,9 +97,9 @@ def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, dire
     except ValueError as error:
         raise ConfigError(f"engine.attention={engine.attention}: {error}") from error
     source = initial_weights(config)
-    model = CausalLM.from_config(
+    model = kind.from_config(
         config.model,
-        device=device,
+        device=place_of_new_model(engine, device),
         attention=engine.attention,
         recompute=engine.recompute,
         seed=config.seed if source is None else None,
@@ -106,9 +116,10 @@ def run_job(
     directory: RunDirectory,
     console: Console,
     engine: Engine,
-    data: Data,
+    stream: Stream,
     loss: LossFunction,
     validate: Callable[[], dict[str, Any]],
+    measures: Callable[[StepResult], dict[str, Any]] = loss_tokens,
 ) -> tuple[Job, StopSignals]:
     """Resume where there is something to resume, and train to the end or a signal."""
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -119,11 +130,12 @@ def run_job(
         config=config,
         run=directory,
         engine=engine,
-        stream=data.stream,
+        stream=stream,
         loss=loss,
         validate=validate,
         throughput=Throughput(config.model, peak, devices=engine.world_size),
-        metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=engine.rank == 0),
+        metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=directory.writes),
+        measures=measures,
     )
     resumed = resume(job)
     record_start(directory, step=engine.step, config=text)

@@ -26,7 +26,9 @@ def write_completions(
     run: RunDirectory,
     step: int,
 ) -> None:
-    """Complete each prompt of `run.samples`; to the log and to samples/."""
+    """Complete each prompt of `run.samples`; to the log and to samples/. Only for a rank that writes."""
+    if not run.writes:
+        return
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in settings.samples]
     params = SamplingParams(
         temperature=TEMPERATURE,
@@ -50,7 +52,11 @@ def write_answers(
     run: RunDirectory,
     step: int,
 ) -> None:
-    """Answer each question of `run.samples`, greedily, as a chat; to the log and to samples/."""
+    """Answer each question of `run.samples`, greedily, as a chat; to the log and to samples/. Only for a rank that
+    writes.
+    """
+    if not run.writes:
+        return
     questions = [[Message("user", question)] for question in settings.samples]
     prompts = [render(messages, tokenizer, generation_prompt=True).ids for messages in questions]
     stops = (tokenizer.eos_id, tokenizer.special_id("<|im_end|>"))

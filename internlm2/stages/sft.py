@@ -32,27 +32,37 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     """One stage: build, resume, train, finish. Returns the exit code: 0, or 128 + the signal that stopped it."""
     device = prepare_device(config.engine)
     data = load_data(config, directory, console)
-    model = start_model(config, device, data.tokenizer, directory)
-    if not list(directory.samples.glob("*.txt")):
-        write_answers(model, data.tokenizer, config.run, config.generation, directory, 0)
+    model = start_model(CausalLM, config, device, data.tokenizer, directory)
+    first_start = not list(directory.samples.glob("*.txt"))
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
     engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
+
+    def answer() -> None:
+        with engine.whole():
+            if directory.writes:
+                samples = plain(model, config)
+                write_answers(samples, data.tokenizer, config.run, config.generation, directory, engine.step)
 
     def loss(model: torch.nn.Module, batch: PackedBatch) -> LossSum:
         set_dropout_step(model, engine.step)
         return token_loss(model, batch)
 
     def validate() -> dict[str, Any]:
-        write_answers(plain(model, config), data.tokenizer, config.run, config.generation, directory, engine.step)
+        answer()
         return data.held_out.measure(engine, loss)
 
-    job, stop = run_job(config, directory, console, engine, data, loss, validate)
+    if first_start:
+        answer()
+
+    job, stop = run_job(config, directory, console, engine, data.stream, loss, validate)
     if stop.requested is not None:
         return stop.exit_code
 
-    export(model, config, directory)
+    with engine.whole():
+        if directory.writes:
+            export(model, config, directory)
     mark_finished(job)
     return 0
 

@@ -103,7 +103,6 @@ def test_command_line_beats_preset_beats_stage():
         ("train.seq_len=8192", "set model.max_position_embeddings=8192"),
         ("init_from=previous", "stage pretrain_4k is the first"),
         ("+data.weights.pretrain_4k.wikipedia=1", "no such source; data.sources has"),
-        ("data.tokenizer.kind=sentencepiece", "needs data.tokenizer.path"),
         ("data.tokenizer.vocab_size=5000", "use data.tokenizer.vocab_size=4096."),
     ],
 )

@@ -7,6 +7,7 @@ be loaded beside the real build. Object files are kept in build/emulation by the
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -106,17 +107,30 @@ def build(
         if not target.exists():
             commands.append(([*command, "-x", "c++", "-c", str(tree / name)], target))
     library = BUILD / f"lib{namespace}-{_digest(*map(str, objects), *link_flags)}.so"
-    if library.exists():
-        return library
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{library.name}.lock").open("w") as lock:  # a second test process waits for the first one's build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(library, texts, tree, commands, objects, link_flags)
+    return library
+
+
+def _build(
+    library: Path,
+    texts: dict[str, str],
+    tree: Path,
+    commands: list[tuple[list[str], Path]],
+    objects: list[Path],
+    link_flags: tuple[str, ...],
+) -> None:
     for name, text in texts.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(lambda job: _compile(*job), commands))
     torch_libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch"]
-    link = [compiler, "-shared", *map(str, objects), *link_flags, *torch_libraries, "-lpthread", "-Wl,-Bsymbolic"]
+    link = [_compiler(), "-shared", *map(str, objects), *link_flags, *torch_libraries, "-lpthread", "-Wl,-Bsymbolic"]
     _compile(link, library)
-    return library
 
 
 def build_plain(source: Path, flags: tuple[str, ...] = ()) -> Path:

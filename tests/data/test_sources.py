@@ -71,7 +71,7 @@ def test_wrong_names_weights_and_tokenizers(tmp_path):
         check_sources(config(tmp_path, {"a/b": web["web"]}))
     with pytest.raises(ConfigError, match=r"needs data\.tokenizer\.path"):
         check_sources(config(tmp_path, web, kind="sentencepiece"))
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path: there is no /nowhere/x\.model"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path=/nowhere/x\.model: no such file or folder"):
         check_sources(config(tmp_path, web, kind="sentencepiece", path="/nowhere/x.model"))
     with pytest.raises(ConfigError, match=r"needs data\.tokenizer\.vocab_size"):
         check_sources(config(tmp_path, web, vocab_size=None))

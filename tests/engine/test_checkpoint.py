@@ -101,6 +101,7 @@ class FakeRank:
     tensors: dict[str, torch.Tensor]
     owned: list[Fragment]
     step: int = 7
+    saves: bool = True
     loaded: dict = field(default_factory=dict)
 
     def fragments(self, kinds=()):

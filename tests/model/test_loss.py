@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from internlm2.model import CausalLM, cross_entropy_sum, token_cross_entropy
+from internlm2.model.loss import token_kl, token_logprobs
 
 
 def inputs(tokens, size, words, dtype=torch.float64, seed=0, ignored=0.3):
@@ -128,3 +129,52 @@ def test_a_long_row_never_allocates_tokens_by_words_or_tokens_by_tokens(shape, r
     )  # the mode does see the forward and backward: the embedding's gradient is this large
     assert seen.largest < tokens * 2048, seen.name
     assert model.model.tok_embeddings.weight.grad is not None
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 30),
+    chunk=st.integers(1, 17),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    seed=st.integers(0, 99),
+)
+def test_logprobs_and_entropy_with_a_temperature_equal_the_dense_ones(tokens, chunk, temperature, seed):
+    hidden, weight, labels = inputs(tokens, 6, 11, seed=seed, ignored=0.0)
+    draw = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(tokens, dtype=torch.float64, generator=draw) for _ in range(2))
+    ours = token_logprobs(hidden, weight, labels, temperature=temperature, chunk=chunk)
+    dense_logs = (hidden @ weight.t() / temperature).log_softmax(-1)
+    theirs = dense_logs.gather(1, labels[:, None])[:, 0], -(dense_logs.exp() * dense_logs).sum(-1)
+    for own, other in zip(ours, theirs):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+    for weights in ((a, b), (a, None), (None, b)):
+        sums = [sum(x @ w for x, w in zip(pair, weights) if w is not None) for pair in (ours, theirs)]
+        own, other = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for total in sums)
+        for x, y in zip(own, other):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_entropy_of_a_certain_token_is_zero_and_has_a_finite_gradient():
+    hidden, weight, labels = inputs(9, 4, 7, dtype=torch.float32, ignored=0.0)
+    logprobs, entropy = token_logprobs(hidden * 1e4, weight, labels)
+    assert entropy.abs().max() < 1e-4
+    (logprobs.sum() + entropy.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 30),
+    chunk=st.integers(1, 17),
+    temperature=st.sampled_from([1.0, 1.7]),
+    seed=st.integers(0, 99),
+)
+def test_exact_kl_equals_torch_distributions(tokens, chunk, temperature, seed):
+    hidden, weight, _ = inputs(tokens, 6, 11, seed=seed)
+    other, other_weight, _ = inputs(tokens, 5, 11, seed=seed + 1)
+    kl = token_kl(hidden, weight, other, other_weight, temperature=temperature, chunk=chunk)
+    p, q = (
+        torch.distributions.Categorical(logits=(h @ w.t() / temperature).detach())
+        for h, w in ((hidden, weight), (other, other_weight))
+    )
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(p, q), rtol=1e-10, atol=1e-10)

@@ -1,0 +1,70 @@
+"""Who judges an answer: the conditional reward model, or a rule that checks it."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from internlm2.config import ConfigError
+from internlm2.data import toy_language
+from internlm2.data.answers import final_number, same_number
+from internlm2.data.chat import Message
+from internlm2.rlhf.rollout import Sample
+
+
+class RewardFunction(Protocol):
+    """Scores for finished answers, one each, higher is better."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]: ...
+
+
+class ConversationScorer(Protocol):
+    """A reward model: scores of conversations, each by the standards of a domain."""
+
+    def score(self, conversations: Sequence[Sequence[Message]], domains: Sequence[str]) -> list[float]: ...
+
+
+class ModelReward:
+    """The conditional reward model (report 4.2.1). The domain's condition is put before the conversation by the scorer,
+    in the reward model's copy alone: policy, reference and critic never see it (report, Fig. 10).
+    """
+
+    def __init__(self, scorer: ConversationScorer) -> None:
+        self.scorer = scorer
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        conversations = [(*sample.prompt.turns, sample.reply) for sample in samples]
+        return self.scorer.score(conversations, [sample.prompt.domain for sample in samples])
+
+
+class RuleReward:
+    """A function of one answer."""
+
+    def __init__(self, name: str) -> None:
+        if name not in RULES:
+            raise ConfigError(f"ppo.reward.rule={name} does not exist: use {', '.join(sorted(RULES))}.")
+        self.rule = RULES[name]
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.rule(sample) for sample in samples]
+
+
+def final_number_matches(sample: Sample) -> float:
+    """1 where the answer's final number is that of `answer` in the prompt's record (GSM8K's "#### 18" or a bare
+    number), else 0.
+    """
+    if "answer" not in sample.prompt.reference:
+        raise ConfigError(
+            f"ppo.reward.rule=final_number: a prompt of source {sample.prompt.source} has no field `answer` to compare "
+            "with."
+        )
+    wanted = final_number(str(sample.prompt.reference["answer"]))
+    return float(same_number(final_number(sample.text), wanted))
+
+
+def toy_gold(sample: Sample) -> float:
+    """The toy language's exact quality of an answer in its prompt's domain: a measure, or a perfect teacher."""
+    prompt = sample.prompt
+    return toy_language.gold(prompt.turns, sample.text, prompt.domain, ended=sample.finish == "stop")
+
+
+# By the name that ppo.reward.rule and ppo.validation.gold give.
+RULES: dict[str, Callable[[Sample], float]] = {"final_number": final_number_matches, "toy_gold": toy_gold}

@@ -1,0 +1,203 @@
+"""PPO's four models: actor and critic in training, reference and reward model frozen, and the sampler beside them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import nn
+
+from internlm2.config import Config, ConfigError
+from internlm2.config.ppo_memory import check_memory
+from internlm2.data.tokenizer import Tokenizer
+from internlm2.engine.base import Engine
+from internlm2.engine.build import build_engine, place_of_new_model, prepare_device
+from internlm2.engine.single import DTYPES
+from internlm2.generation.build import build_generator, describe_generation
+from internlm2.model.adapters import add_adapters, describe, merged_weights
+from internlm2.model.scalar import ScalarModel, load_scalar_weights
+from internlm2.model.transformer import CausalLM
+from internlm2.model.weights import load_weights, open_weights
+from internlm2.ops import describe_quantize, quantize_linears_
+from internlm2.ops.attention import describe_backend
+from internlm2.rlhf.frozen import ReferencePolicy, freeze, frozen_tensors, weights_hash
+from internlm2.rlhf.rewards import ConversationScorer, ModelReward, RewardFunction, RuleReward
+from internlm2.rlhf.rollout import Sampler
+from internlm2.run.ranks import from_environment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Models:
+    """What a round works with. `critic` is None for estimators that need none."""
+
+    actor: Engine
+    critic: Engine | None
+    reference: ReferencePolicy
+    reward: RewardFunction
+    sampler: Sampler
+    plain: CausalLM  # what the sampler reads: the actor itself, or a copy with its adapters merged
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each frozen model's weights; under adapters the actor's own base is the reference."""
+        with self.actor.whole():
+            return {name: weights_hash(frozen_tensors(module)) for name, module in self.frozen.items()}
+
+
+def check_machine(config: Config) -> None:
+    """ConfigError with the arithmetic where the models do not fit into what is free here. Loads nothing."""
+    assert config.ppo is not None
+    if not config.ppo.check_memory:
+        return
+    device, ranks = prepare_device(config.engine), from_environment()
+    if device.type == "cuda":
+        free, where = float(torch.cuda.mem_get_info(device)[0]), torch.cuda.get_device_name(device)
+    else:
+        free, where = psutil.virtual_memory().available / ranks.local_world_size, "this machine"
+    models = check_memory(config, free, where, ranks.world_size)
+    log.info("memory on each rank before activations: %s", "; ".join(model.sentence() for model in models))
+
+
+def build_models(
+    config: Config, tokenizer: Tokenizer, *, policy: Path, reference: Path, reward: Path | RewardFunction | None
+) -> Models:
+    """Load and build everything; `policy`, `reference`: what `open_weights` reads; `reward`: a reward model, or a
+    function, or None for the rule that the config names.
+    """
+    ppo = config.ppo
+    assert ppo is not None
+    device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
+    log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
+    frozen: dict[str, nn.Module] = {}
+    model = _language_model(config, policy, place_of_new_model(config.engine, device))
+    add_adapters(model, config.adapter, config.seed)
+    if config.adapter.kind != "none":
+        log.info("actor %s", describe(model, config.adapter))
+    critic = _critic(config, policy, reward if isinstance(reward, Path) else None, device) if ppo.has_critic else None
+    actor = build_engine(model, config.engine, config.optim, ppo.iterations * ppo.updates)
+    shared = config.adapter.kind != "none" and reference == policy
+    if shared:
+        log.info("reference: the actor with its adapters off")
+    base = model if shared else _frozen(_language_model(config, reference, device), config, "reference")
+    frozen["reference"] = base
+    if isinstance(reward, Path):
+        reward_function, module = _reward_model(config, reward, tokenizer, device)
+        frozen["reward"] = module
+    else:
+        reward_function = RuleReward(str(ppo.reward.rule)) if reward is None else reward
+    critic_engine = None
+    if critic is not None:
+        total = (ppo.critic_warmup + ppo.iterations) * ppo.updates
+        critic_engine = build_engine(critic, config.engine, ppo.critic.optim, total)
+    plain = model if config.adapter.kind == "none" else _merged_copy(config, model)
+    sampler = _sampler(config, plain, tokenizer, device)
+    return Models(
+        actor,
+        critic_engine,
+        ReferencePolicy(cast(CausalLM, base), shared=shared),
+        reward_function,
+        sampler,
+        plain,
+        frozen,
+    )
+
+
+@contextlib.contextmanager
+def sampling_weights(models: Models, config: Config) -> Iterator[Sampler]:
+    """The sampler with the actor's weights as they are now; caches of older weights are dropped."""
+    with whole(models.actor):
+        if models.plain is not models.actor.model:
+            merged = merged_weights(cast(CausalLM, models.actor.model), config.adapter)
+            load_weights(models.plain, merged, "the merged adapter")
+        was_training = models.plain.training
+        models.plain.eval()
+        models.sampler.refresh()
+        yield models.sampler
+        models.plain.train(was_training)
+
+
+@contextlib.contextmanager
+def whole(engine: Engine) -> Iterator[Any]:
+    """The engine's model with all its weights on this rank, in eval mode and without gradients."""
+    with engine.whole(), torch.no_grad():
+        was_training = engine.model.training
+        engine.model.eval()
+        yield engine.model
+        engine.model.train(was_training)
+
+
+def _language_model(config: Config, source: Path, device: torch.device) -> CausalLM:
+    weights = open_weights(source)
+    model = CausalLM.from_config(
+        config.model,
+        device=device,
+        attention=config.engine.attention,
+        recompute=config.engine.recompute,
+        seed=None,
+    )
+    load_weights(model, weights, str(source))
+    return model
+
+
+def _critic(config: Config, policy: Path, reward: Path | None, device: torch.device) -> nn.Module:
+    """The reward model's backbone with a new head (report 4.2.3), or the policy's."""
+    ppo = config.ppo
+    assert ppo is not None
+    if ppo.critic.init == "reward" and reward is None:
+        raise ConfigError("ppo.critic.init=reward needs a reward model; this run's reward is a function: use policy.")
+    source = reward if ppo.critic.init == "reward" and reward is not None else policy
+    critic = ScalarModel.from_config(
+        config.model,
+        device=place_of_new_model(config.engine, device),
+        attention=config.engine.attention,
+        recompute=config.engine.recompute,
+        seed=None,
+    )
+    load_scalar_weights(critic, open_weights(source), str(source), head_seed=config.seed)
+    if config.adapter.kind != "none":
+        add_adapters(cast(Any, critic), config.adapter, config.seed + 1)
+        critic.v_head.weight.requires_grad_(True)
+    log.info("critic from %s, with a new head", source)
+    return critic
+
+
+def _frozen(model: nn.Module, config: Config, name: str) -> nn.Module:
+    """In the training dtype, or quantized."""
+    freeze(model.to(DTYPES[config.engine.dtype]))
+    quantize_linears_(model, config.frozen.quantize)
+    device = next(model.parameters()).device
+    log.info("%s: frozen, %s", name, describe_quantize(config.frozen.quantize, device))
+    return model
+
+
+def _reward_model(
+    config: Config, source: Path, tokenizer: Tokenizer, device: torch.device
+) -> tuple[RewardFunction, nn.Module]:
+    from internlm2.rlhf.scoring import RewardScorer
+
+    loaded = RewardScorer.load(source, device=device, dtype=DTYPES[config.engine.dtype])
+    module = _frozen(loaded.model, config, "reward model")
+    return ModelReward(cast(ConversationScorer, loaded)), module
+
+
+def _merged_copy(config: Config, model: CausalLM) -> CausalLM:
+    weight = model.model.norm.weight
+    plain = CausalLM.from_config(config.model, device=weight.device, dtype=weight.dtype, seed=None)
+    load_weights(plain, merged_weights(model, config.adapter), "the merged adapter")
+    return plain
+
+
+def _sampler(config: Config, plain: CausalLM, tokenizer: Tokenizer, device: torch.device) -> Sampler:
+    assert config.ppo is not None
+    if config.ppo.rollout.engine == "vllm":
+        from internlm2.rlhf.vllm_sampler import VLLMSampler
+
+        return VLLMSampler(plain, tokenizer, config.ppo.rollout.max_prompt_tokens + config.ppo.rollout.max_new_tokens)
+    log.info(describe_generation(config.generation, device))
+    return build_generator(plain, config.generation)
