@@ -40,7 +40,7 @@ def test_packed_product(rows, outputs, inputs, dtype, seed):
     assert y.shape == (rows, outputs)
     exact = x.double() @ weight.double().t()
     if rows:
-        assert relative_error(y, exact) < (3e-6 if dtype == torch.float32 else 3e-3)
+        assert relative_error(y, exact) < (3e-6 if dtype == torch.float32 else 4e-3)
         row = seed % rows
         assert torch.equal(packed_linear(x[row : row + 1], native)[0], y[row]), "a row depends on its neighbours"
 
