@@ -49,7 +49,7 @@ def evaluate(source: str, config: EvaluateConfig) -> None:
     """Load the model, run the suite, write and print what it found."""
     import time
 
-    from internlm2.evaluate.results import save
+    from internlm2.evaluate.results import output_folder, save
     from internlm2.evaluate.subject import load_subject
     from internlm2.evaluate.suites import run_suite
 
@@ -59,7 +59,7 @@ def evaluate(source: str, config: EvaluateConfig) -> None:
     for result in results:
         result.seconds = time.perf_counter() - started
         print(result.text())
-        for path in save(result, subject, config):
+        for path in save(result, output_folder(subject, config), source, config):
             print(f"written   {path}")
     if subject.stage is not None:
         from internlm2.run.report import write_report, write_stage_report

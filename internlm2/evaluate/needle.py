@@ -48,7 +48,7 @@ class NeedleMap:
     lengths: list[int]
     depths: list[float]
     accuracy: list[list[float]]
-    asked: int  # in each cell
+    asked: list[int]  # in each cell of a length
 
     def at(self, length: int) -> float:
         """Mean over the depths of one length."""
@@ -165,7 +165,7 @@ def needle_map(answers: Sequence[Answer]) -> NeedleMap:
     for answer in answers:
         cells.setdefault((answer.question.length, answer.question.depth), []).append(answer.right)
     accuracy = [[sum(cells[length, depth]) / len(cells[length, depth]) for depth in depths] for length in lengths]
-    return NeedleMap(lengths, depths, accuracy, len(next(iter(cells.values()))))
+    return NeedleMap(lengths, depths, accuracy, [len(cells[length, depths[0]]) for length in lengths])
 
 
 def _nearest(places: Sequence[int], wanted: float) -> int:

@@ -103,7 +103,7 @@ def test_the_map_counts_by_length_and_depth(tokenizer):
     found = needle_map(ask(Copier(tokenizer), tokenizer, questions))
     assert found.lengths == [300, 500]
     assert found.accuracy == [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
-    assert found.asked == 3
+    assert found.asked == [3, 3]
     assert found.at(300) == pytest.approx(1 / 3)
 
 
