@@ -79,7 +79,8 @@ class Haystacks:
             needle = words.needle_of(derive_key(key, "needle"))
             before, after = self._frame(words, needle)
             hidden = self.tokenizer.encode(words.space + needle.sentence)
-            answer = len(self.tokenizer.encode(needle.answer))
+            # A chat answers in a sentence, which should fit into the length as well.
+            answer = len(self.tokenizer.encode(needle.sentence)) + 1 if self.chat else len(self.tokenizer.encode(needle.answer))
             room = length - len(before) - len(hidden) - len(after) - answer
             if room < 0:
                 raise ConfigError(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from internlm2.config.evaluate import EvaluateConfig
-from internlm2.evaluate.subject import Subject
+from internlm2.evaluate.subject import stage_of
 from internlm2.run.atomic import replace_text
 from internlm2.run.figures import heat_map_png
 
@@ -101,13 +101,14 @@ def save(result: Result, folder: Path, source: str, settings: Any) -> list[Path]
     return written
 
 
-def output_folder(subject: Subject, config: EvaluateConfig) -> Path:
+def output_folder(source: str, config: EvaluateConfig) -> Path:
     """`output`, or evaluation/ of the model's run directory, or evaluations/<name>."""
     if config.output is not None:
         return Path(config.output).expanduser()
-    if subject.stage is not None:
-        return subject.stage / "evaluation"
-    return Path("evaluations") / re.sub(r"[^\w.-]+", "_", subject.source.strip("/"))
+    stage = stage_of(source)
+    if stage is not None:
+        return stage / "evaluation"
+    return Path("evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("/"))
 
 
 def _map_rows(heat_map: dict[str, Any] | None) -> list[dict[str, Any]]:

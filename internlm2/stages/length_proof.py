@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from internlm2.config import Config, ConfigError, RopeScalingConfig
@@ -40,7 +41,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     if settings is None or not settings.multiples or not settings.depths:
         raise ConfigError("stage=length_proof needs length_proof.multiples and length_proof.depths.")
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
-    record_start(directory, step=0)
+    record_start(directory, step=0, config=OmegaConf.to_yaml(OmegaConf.structured(config)))
     sources = {stage: directory.path.parent / stage for stage in (settings.before, settings.after)}
     for stage, source in sources.items():
         if not source.exists():
@@ -86,13 +87,14 @@ def measure(
 ) -> list[Result]:
     """A needle map for each model, and one figure of each kind that compares them."""
     haystacks = Haystacks(tokenizer, chat=True)
-    base, longest_trained = (model.config.max_position_embeddings for model in list(models.values())[:2])
+    base, longest_trained = (trained_to(model) for model in list(models.values())[:2])
     lengths = sorted({multiple * length for multiple in settings.multiples for length in (base, longest_trained)})
     answers: dict[str, list[Answer]] = {}
     losses: dict[str, list[float]] = {}
     for label, model in models.items():
         started = time.perf_counter()
-        mine = [length for length in lengths if length <= max(settings.multiples) * model.config.max_position_embeddings]
+        longest = max(settings.multiples) * trained_to(model)
+        mine = [length for length in lengths if length <= longest]
         questions = [
             question
             for length in mine
@@ -100,7 +102,7 @@ def measure(
                 LANGUAGE, length, settings.depths, repeats_at(length, longest_trained, settings.repeats), seed
             )
         ]
-        engine = Engine(model, kv_tokens=max(kv_tokens, 2 * max(mine)), max_length=2 * max(mine))
+        engine = Engine(model, kv_tokens=max(kv_tokens, 2 * longest), max_length=2 * longest)
         answers[label] = ask(engine, tokenizer, questions, chat=True)
         losses[label] = answer_losses(model, tokenizer, haystacks, mine, seed)
         log.info("%s: %d needles in %.0f s", label, len(questions), time.perf_counter() - started)

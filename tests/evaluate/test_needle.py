@@ -21,8 +21,8 @@ def test_prompts_have_the_length_that_was_asked_for(tokenizer, language, chat):
         questions = list(haystacks.questions(language, length, DEPTHS, 2, seed=5))
         assert len(questions) == 2 * len(DEPTHS)
         for question in questions:
-            answer = tokenizer.encode(question.needle.answer)
-            assert len(question.ids) + len(answer) == length
+            answer = tokenizer.encode(question.needle.sentence) if chat else tokenizer.encode(question.needle.answer)
+            assert len(question.ids) + len(answer) + chat == length
             text = tokenizer.decode(question.ids)
             assert text.count(question.needle.sentence) == 1
             assert text.count(question.needle.answer) == 1
