@@ -80,7 +80,8 @@ class Haystacks:
             before, after = self._frame(words, needle)
             hidden = self.tokenizer.encode(words.space + needle.sentence)
             # A chat answers in a sentence, which should fit into the length as well.
-            answer = len(self.tokenizer.encode(needle.sentence)) + 1 if self.chat else len(self.tokenizer.encode(needle.answer))
+            wanted = needle.sentence if self.chat else needle.answer
+            answer = len(self.tokenizer.encode(wanted)) + self.chat
             room = length - len(before) - len(hidden) - len(after) - answer
             if room < 0:
                 raise ConfigError(

@@ -24,9 +24,9 @@ SETTINGS = LengthProofConfig("pretrain_4k", "pretrain_32k", [1, 2], [0, 100], 2,
 
 @pytest.fixture(scope="module")
 def root(tokenizer, tmp_path_factory):
-    """Two finished stages with random weights, trained to 64 and to 128 tokens as they say."""
+    """Two finished stages with random weights, trained to 96 and to 192 tokens as they say."""
     root = tmp_path_factory.mktemp("runs") / "proof"
-    for stage, length in (("pretrain_4k", 64), ("pretrain_32k", 128)):
+    for stage, length in (("pretrain_4k", 96), ("pretrain_32k", 192)):
         model = CausalLM.from_config(small_config(max_position_embeddings=length), seed=3)
         export_weights(model_weights(model), root / stage, tokenizer=tokenizer.path)
     return root
@@ -54,7 +54,7 @@ def test_the_stage_writes_maps_and_comparisons(root):
     assert [figure_fault(figure) for figure in stage.figures] == [None] * 5
     by_name = {figure["title"]: figure for figure in stage.figures}
     compared = by_name["Needles found by length, mean over depths"]
-    assert [line["x"] for line in compared["series"]] == [[64, 128], [64, 128, 256], [64, 128, 256]]
+    assert [line["x"] for line in compared["series"]] == [[96, 192], [96, 192, 384], [96, 192, 384]]
     assert len(compared["headline"]) == 6
     losses = by_name["Loss of the secret by its position"]["series"]
     assert [len(line["y"]) for line in losses] == [2, 3, 3]
