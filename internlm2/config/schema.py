@@ -15,6 +15,7 @@ from internlm2.config.length_proof import LengthProofConfig
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
 from internlm2.config.reward import RewardConfig
+from internlm2.config.rounds import RoundsConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
 
@@ -271,4 +272,5 @@ class Config:
     # Of stage=ppo alone; null elsewhere.
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None
+    rounds: RoundsConfig | None = None
     length_proof: LengthProofConfig | None = None  # of stage=length_proof alone
