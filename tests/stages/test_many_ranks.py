@@ -22,6 +22,7 @@ from internlm2.stages.recipe import run_stages
 from internlm2.stages.supervised import Job
 from tests.ranks import Forked
 from tests.stages.conftest import REPOSITORY, TINY
+from tests.stages.test_sft import base, dialogs  # noqa: F401 (fixtures)
 
 SPLITTING = 3e-5  # the round-off of splitting a batch in another way
 
@@ -178,7 +179,7 @@ def test_ranks_that_do_not_fit(command, tmp_path, overrides, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "engine"), [("lora", "zero3"), ("qlora", "zero1"), ("none", "zero2")])
-def test_fine_tuning_on_two_ranks(base, dialogs, tmp_path, adapter, engine):
+def test_fine_tuning_on_two_ranks(base, dialogs, tmp_path, adapter, engine):  # noqa: F811
     """Adapters on frozen weights that are sharded, or quantized: records, samples and the merged export."""
     kept = [text for text in TINY if not text.startswith(("stage=", "run.samples", "checkpoint.export", "train.steps"))]
     words = ["stage=sft", "data=talk", *kept, f"hydra.searchpath=[file://{dialogs}]", f"init_from={base}"]
