@@ -6,6 +6,7 @@ real model  python train.py stage=ppo model=smollm2_135m preset=demo init_from=s
 one GPU     python train.py stage=ppo model=1_8b data=my_corpus prompts=my_prompts init_from=sft
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,33 @@ def finish(config: Config, directory: RunDirectory, rounds: list[dict[str, Any]]
         directory.write_json(f"evaluation/{name}.json", figure)
     directory.write_json("data.json", [round_line(one) for one in rounds])
     last = f"round_{rounds[-1]['round']}"
-    if config.checkpoint.export and not directory.export.exists():
+    if config.checkpoint.export:
+        directory.export.unlink(missing_ok=True)  # of a run with fewer rounds
         directory.export.symlink_to(Path(last) / "policy" / "export", target_is_directory=True)
     done = {"rounds": len(rounds), "step": config.ppo.iterations, "epochs": None}
     directory.write_json("finished.json", done)
     record_end(directory, step=len(rounds), status="finished")
+
+
+def describe_rounds(directory: Path) -> list[str]:
+    """One line for each round: what it began and ended with on held-out prompts, and what it found."""
+    lines = []
+    for one in finished_rounds(directory):
+        start, end = one["fixed"]["sft"], one["fixed"]["late"]
+        parts = [f"score {start['score']:.2f} -> {end['score']:.2f}"]
+        if "gold" in end:
+            parts.append(f"gold {start['gold']:.2f} -> {end['gold']:.2f}")
+        parts.append(f"{one['fast_pairs']} pairs against hacks, {one['comparisons']} comparisons asked for")
+        if one["audit"]:
+            parts.append("the audit model raises the alarm" if one["audit"]["alarm"] else "no alarm")
+        lines.append(f"{directory.name + ' round ' + str(one['round']):14}{'   '.join(parts)}")
+    return lines
+
+
+def finished_rounds(directory: Path) -> list[dict[str, Any]]:
+    """What the round.json of each finished round says, in order."""
+    files = sorted(directory.glob("round_*/round.json"), key=lambda file: int(file.parent.name.removeprefix("round_")))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def reward_model(config: Config) -> Path | None:

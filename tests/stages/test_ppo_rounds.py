@@ -108,6 +108,15 @@ def test_every_round_leaves_its_state(whole):
     assert (whole / "export").resolve() == (whole / "round_2" / "policy" / "export").resolve()
 
 
+def test_more_rounds_go_on(whole):
+    lines = ppo.describe_rounds(whole)
+    assert [line.split()[:3] for line in lines] == [["ppo", "round", "1"], ["ppo", "round", "2"]]
+    assert all("gold" in line and "score" in line for line in lines)
+    directory = RunDirectory(whole)
+    assert is_complete(directory, composed("stage=ppo", *PPO))
+    assert not is_complete(directory, composed("stage=ppo", *PPO, "rounds.count=3"))
+
+
 def test_the_second_reward_model_has_seen_the_labels(whole):
     pairs = read_lines(whole / "round_2" / "preferences" / "reward" / "round_1_slow.jsonl")
     assert pairs
