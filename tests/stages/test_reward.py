@@ -138,6 +138,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, pair
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_adapters_train_with_a_whole_head(tmp_path, pairs, start, adapter):
     run = train(tmp_path, pairs, start, f"adapter={adapter}", "adapter.rank=4", "train.steps=3", "optim.lr=0.01")
@@ -149,13 +150,13 @@ def test_adapters_train_with_a_whole_head(tmp_path, pairs, start, adapter):
     assert RewardScorer.load(run).score([talk], ["brief"]) == RewardScorer.load(run / "export").score([talk], ["brief"])
 
 
-def test_bad_records_are_named_and_skipped_or_refused(tmp_path, pairs, caplog):
+def test_bad_records_are_named_and_skipped_or_refused(tmp_path, pairs):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(pairs.read_text() + '{"prompt": "sun", "chosen": "sea", "rejected": " "}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"bad\.jsonl:161 \(rejected is empty\)"):
         train(tmp_path / "strict", bad, None, "data.strict=true", "train.steps=1")
-    train(tmp_path / "loose", bad, None, "train.steps=1", "checkpoint.export=false")
-    assert "bad.jsonl:161 (rejected is empty); skipped" in caplog.text
+    run = train(tmp_path / "loose", bad, None, "train.steps=1", "checkpoint.export=false")
+    assert "bad.jsonl:161 (rejected is empty); skipped" in (run / "log.txt").read_text()
 
 
 def test_a_domain_without_a_condition_is_refused(tmp_path, pairs):
