@@ -185,7 +185,9 @@ def _reward_model(config: Config, source: Path, device: torch.device) -> tuple[R
         batch_tokens=config.ppo.micro_batch_tokens,
     )
     log.info("reward model from %s", source)
-    return ModelReward(scorer), _frozen(scorer.model, config, "reward model")
+    assert config.ppo is not None
+    reward = ModelReward(scorer, config.ppo.reward.system_turn)
+    return reward, _frozen(scorer.model, config, "reward model")
 
 
 def _merged_copy(config: Config, model: CausalLM) -> CausalLM:
