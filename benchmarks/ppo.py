@@ -6,11 +6,14 @@
 Both sides train the same shape from random weights: an actor and a critic, with a frozen reference and a frozen reward
 model, one optimizer step over `--answers` prompts of `--prompt-tokens`, each answered with exactly `--answer-tokens`
 (no stop token), fp32, temperature 1, GAE, no pretraining loss. TRL's `bf16=True` has no effect on a CPU with
-transformers 5, hence fp32 on both sides; `--dtype bf16` is for ours alone. Rounds alternate between the two in one
-process. Phases: `rollout` draws the answers; `score` is everything up to the advantages (log-probabilities, values,
-rewards); `train` is forward, backward and optimizer of actor and critic. `--clock cpu` counts processor seconds: on a
-busy machine, with --threads 1, only the ratio means something. State memory is what stays between two iterations:
-weights, masters, moments, and the sampler's packed weights.
+transformers 5, hence fp32; `--dtype bf16` is for ours alone. `--ragged` draws the answers' lengths between an eighth
+and all of `--answer-tokens`; TRL gets its end of sequence planted there, and pads up to the longest as it always does.
+Rounds alternate between the two in one process.
+
+Phases: `rollout` draws the answers; `score` is everything up to the advantages (log-probabilities, values, rewards);
+`train` is forward, backward and optimizer of actor and critic. `--clock cpu` counts processor seconds: on a busy
+machine, with --threads 1, only the ratio means something. State memory is what stays between two iterations: weights,
+masters, moments, and the sampler's packed weights.
 """
 
 import argparse
@@ -59,7 +62,8 @@ class Work:
 
     model: ModelConfig
     prompts: list[list[int]]
-    answer_tokens: int
+    lengths: list[int]  # of the answers
+    ragged: bool
     clock: Callable[[], float]
 
 
@@ -105,7 +109,8 @@ def ours(work: Work, config: Config) -> tuple[Callable[[], Seconds], float]:
     def measure() -> Seconds:
         clock = Clock(work.clock)
         with clock("rollout"), sampling_weights(models, config) as sampler:
-            drawn = sampler.generate(work.prompts, trainer.sampling("rollout", trainer.progress.iteration, 1))
+            params = trainer.sampling("rollout", trainer.progress.iteration, 1)
+            drawn = sampler.generate(work.prompts, cast(Any, [replace(params, max_new_tokens=n) for n in work.lengths]))
         rollouts = [
             Rollout(questions[a.prompt], a.sample, a.tokens, a.logprobs, a.sampling_logprobs, "length") for a in drawn
         ]
@@ -163,16 +168,16 @@ def rival(work: Work, steps: int) -> tuple[Callable[[], list[Seconds]], float]:
         with tempfile.TemporaryDirectory() as folder:
             settings = PPOConfig(
                 folder, per_device_train_batch_size=count, gradient_accumulation_steps=1, num_mini_batches=1,
-                num_ppo_epochs=1, total_episodes=count * (steps + 1), response_length=work.answer_tokens,
-                local_rollout_forward_batch_size=count, stop_token=None, temperature=1.0, learning_rate=1e-6,
-                lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True,
+                num_ppo_epochs=1, total_episodes=count * (steps + 1), response_length=max(work.lengths),
+                local_rollout_forward_batch_size=count, learning_rate=1e-6,
+                stop_token="eos" if work.ragged else None, temperature=1.0, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True,
                 bf16=False, fp16=False, gradient_checkpointing=False, num_sample_generations=0, disable_tqdm=True,
             )  # fmt: skip
             trainer = PPOTrainer(
                 args=settings, processing_class=outside_pad(model.vocab_size), model=policy, ref_model=reference,
                 reward_model=judge, value_model=critic, train_dataset=data,
             )  # fmt: skip
-            return timed(trainer, module, work.clock)[1:]
+            return timed(trainer, module, work)[1:]
 
     sizes = [sum(p.nbytes for p in network.parameters()) for network in (policy, critic, reference, judge)]
     return measure, float(3 * (sizes[0] + sizes[1]) + sizes[2] + sizes[3])
@@ -189,18 +194,22 @@ def outside_pad(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
 
 
-def timed(trainer: Any, module: Any, clock: Callable[[], float]) -> list[Seconds]:
+def timed(trainer: Any, module: Any, work: Work) -> list[Seconds]:
     """Run TRL's loop with marks around generation and at the first forward pass with gradients."""
     rows: list[Seconds] = []
     marks: dict[str, float] = {}
+    clock = work.clock
     generation, forward = module.batch_generation, module.forward
 
     def generate(*arguments: Any, **named: Any) -> Any:
         marks.clear()
         marks["start"] = clock()
-        drawn = generation(*arguments, **named)
+        sequences, logits = generation(*arguments, **named)
+        if work.ragged:
+            for row, length in enumerate(work.lengths):
+                sequences[row, len(work.prompts[row]) + length - 1] = 2
         marks["drawn"] = clock()
-        return drawn
+        return sequences, logits
 
     def run(*arguments: Any, **named: Any) -> Tensor:
         if torch.is_grad_enabled() and "train" not in marks:
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -255,7 +265,12 @@ def main() -> None:
     draw = np.random.default_rng(0)
     size = (options.answers, options.prompt_tokens)
     prompts = draw.integers(3, config.model.vocab_size, size).tolist()
-    work = Work(config.model, prompts, options.answer_tokens, CLOCKS[options.clock])
+    lengths = [options.answer_tokens] * options.answers
+    if options.ragged:
+        lengths[1:] = draw.integers(
+            max(1, options.answer_tokens // 8), options.answer_tokens, options.answers - 1
+        ).tolist()
+    work = Work(config.model, prompts, lengths, options.ragged, CLOCKS[options.clock])
     mine, state = ours(work, config)
     mine()  # warms up
     try:
@@ -299,7 +314,8 @@ def report(found: dict[str, list[Seconds]], state: float, their_state: float, op
 def _record(
     work: str, mine: float, theirs: float, unit: str, ratio: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    shape = f"{options.model}, {options.answers} answers, {options.prompt_tokens} + {options.answer_tokens} tokens"
+    lengths = f"{options.prompt_tokens} + {options.answer_tokens} tokens{', ragged' if options.ragged else ''}"
+    shape = f"{options.model}, {options.answers} answers, {lengths}"
     return {
         "work": f"{work} ({shape})", "rival": "TRL 1.12 PPOTrainer", "ours": mine, "theirs": theirs, "unit": unit,
         "ratio": ratio, "threads": options.threads, "setting": f"ours {options.dtype}, TRL fp32, CPU",
