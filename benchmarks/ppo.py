@@ -170,7 +170,8 @@ def rival(work: Work, steps: int) -> tuple[Callable[[], list[Seconds]], float]:
                 folder, per_device_train_batch_size=count, gradient_accumulation_steps=1, num_mini_batches=1,
                 num_ppo_epochs=1, total_episodes=count * (steps + 1), response_length=max(work.lengths),
                 local_rollout_forward_batch_size=count, learning_rate=1e-6,
-                stop_token="eos" if work.ragged else None, temperature=1.0, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True,
+                stop_token="eos" if work.ragged else None, temperature=1.0, lr_scheduler_type="constant",
+                logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True,
                 bf16=False, fp16=False, gradient_checkpointing=False, num_sample_generations=0, disable_tqdm=True,
             )  # fmt: skip
             trainer = PPOTrainer(
