@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -110,16 +110,17 @@ class Trainer:
 
 
 class Clock:
-    """Seconds of each phase."""
+    """Seconds of each phase, by the wall or by any other clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.now()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - started
 
 
 @dataclass
@@ -173,7 +174,7 @@ def make_experience(trainer: Trainer, rollouts: list[Rollout]) -> tuple[Experien
     if models.critic is not None:
         with whole(models.critic) as model:
             (critic,) = each_token(lambda row: [state_values(model, row)], rollouts, packs, device)
-    scores = torch.tensor(models.reward([as_sample(rollout) for rollout in rollouts]), dtype=torch.float64)
+    scores = torch.tensor(models.score([as_sample(rollout) for rollout in rollouts]), dtype=torch.float64)
     shaped = shape(trainer, scores, rollouts)
     numbers = answer_numbers(scores, shaped, old, reference, bounds)
     penalty = trainer.controller.coefficient * k1(old, reference) if ppo.kl.place == "reward" else torch.zeros_like(old)
@@ -200,7 +201,7 @@ def policy_logprobs(
     ppo, models, device = trainer.ppo, trainer.models, trainer.models.actor.device
     temperature = ppo.rollout.temperature
     found: dict[str, Any] = {}
-    with whole(models.actor) as model:
+    with whole(models.actor) as model, models.reading("reference"):
         if ppo.old_logprobs == "recomputed":
             old, entropy = each_token(lambda row: token_numbers(model, row, temperature), rollouts, packs, device)
             found["entropy"] = token_spread(entropy, trainer.total)[0]

@@ -19,6 +19,7 @@ ROUND = [
     "ppo.kl.exact_rows=2",
     "optim.eps=1e-6",
     "ppo.critic.optim.eps=1e-6",
+    "ppo.pretrain.coefficient=0",  # it takes whole rows on each rank, so that its share depends on their number here
 ]
 
 
@@ -59,8 +60,7 @@ def one_process(policy, caches, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (2, ["engine=zero1"]),
-        (2, ["engine=zero3"]),
+        (2, ["engine=zero3", "frozen.shard=true"]),
         (4, ["engine=zero2"]),
     ],
     ids=lambda value: str(value),
