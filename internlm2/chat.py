@@ -231,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tokenizer", type=Path, help="folder with the tokenizer, if not the model's own")
     result.epilog = (
         "--tools: each piece of code gets 10 seconds, 1 GiB and a temporary folder, and no network where the system "
-        "permits unshare. It still runs as you and can read your files."
+        "permits it. It runs as you; on Linux it can read and write its own folder alone."
     )
     return result
 
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tools:
         from internlm2.generation.interpreter import network_cut
 
-        if not network_cut():
+        if network_cut() is None:
             print("[tools: this system does not permit unshare, so the code that runs has network]")
     talk(chat, sys.stdin)
     return 0

@@ -22,10 +22,16 @@ def _register_config(module: Any) -> None:
 
 def _register_models(module: Any) -> None:
     from internlm2.model.huggingface.configuration_internlm2 import InternLM2Config
-    from internlm2.model.huggingface.modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
+    from internlm2.model.huggingface.modeling_internlm2 import (
+        InternLM2ForCausalLM,
+        InternLM2ForRewardModel,
+        InternLM2Model,
+    )
 
-    module.AutoModel.register(InternLM2Config, InternLM2Model, exist_ok=True)
+    # Of several classes transformers takes the one that config.json names under `architectures`, else the first.
+    module.AutoModel.register(InternLM2Config, (InternLM2Model, InternLM2ForRewardModel), exist_ok=True)
     module.AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
+    module.AutoModelForSequenceClassification.register(InternLM2Config, InternLM2ForRewardModel, exist_ok=True)
 
 
 def _register_tokenizer(module: Any) -> None:

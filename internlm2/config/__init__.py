@@ -2,6 +2,7 @@
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.generation import FrozenConfig, GenerationConfig
+from internlm2.config.reward import BarrierConfig, RewardConfig
 from internlm2.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -23,6 +24,7 @@ from internlm2.config.schema import (
 
 __all__ = [
     "AdapterConfig",
+    "BarrierConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -33,6 +35,7 @@ __all__ = [
     "LengthBucketConfig",
     "ModelConfig",
     "OptimConfig",
+    "RewardConfig",
     "RopeScalingConfig",
     "RunConfig",
     "SourceConfig",

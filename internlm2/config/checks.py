@@ -9,20 +9,22 @@ from typing import Any
 
 from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
+from internlm2.config.reward import check_reward
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
 from internlm2.config.zero import check_engine
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first key, or pair of keys, that cannot work."""
-    for key, value, metadata in _annotated_values(config):
-        _check_value(key, value, metadata)
+    check_keys(config)
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
     check_engine(config.engine, config.model)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
+    if config.stage.kind == "reward":
+        check_reward(config.reward, config.train.seq_len, config.train.batch_tokens)
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
@@ -35,6 +37,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"init_from=previous: stage {config.stage.name} is the first; give a stage, a directory or null."
         )
+
+
+def check_keys(config: Any) -> None:
+    """Raise ConfigError for the first key of a dataclass that lies outside of its bounds or choices."""
+    for key, value, metadata in _annotated_values(config):
+        _check_value(key, value, metadata)
 
 
 def _check_ppo_engine(config: Config) -> None:
@@ -106,7 +114,8 @@ def _check_lengths(config: Config) -> None:
             f"set model.max_position_embeddings={train.seq_len} or shorten train.seq_len."
         )
     forward_tokens = train.seq_len * train.micro_batch
-    if train.batch_tokens % forward_tokens:
+    # Batches of pairs hold as many as fit.
+    if config.stage.kind != "reward" and train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "

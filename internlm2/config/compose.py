@@ -3,12 +3,13 @@
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
@@ -16,8 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from internlm2.config.checks import check
+from internlm2.config.checks import check, check_keys
 from internlm2.config.errors import ConfigError
+from internlm2.config.evaluate import SUITES, EvaluateConfig
 from internlm2.config.schema import Config
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -26,8 +28,12 @@ T = TypeVar("T")
 
 
 def register_schema() -> None:
-    """Make the dataclasses the root node of conf/train.yaml."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make the dataclasses the root nodes of conf/train.yaml, conf/evaluate.yaml and conf/suite/."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for kind, suite in SUITES.items():
+        store.store(group="suite", name=f"{kind}_schema", node=suite)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -38,6 +44,16 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(describe(error)) from error
     assert isinstance(config, Config)
     check(config)
+    return config
+
+
+def compose_evaluation(overrides: Sequence[str]) -> EvaluateConfig:
+    """The config of one `python -m internlm2.evaluate`. Raises ConfigError and Hydra's own exceptions."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_object(compose("evaluate", overrides=list(overrides)))
+    assert isinstance(config, EvaluateConfig)
+    check_keys(config)
     return config
 
 
@@ -93,8 +109,8 @@ def load_group(schema: type[T], path: str | Path) -> T:
     return loaded
 
 
-def describe(error: BaseException) -> str:
-    """What is wrong with the config and what to do, in one or two sentences."""
+def describe(error: BaseException, schema: Any = Config) -> str:
+    """What is wrong with the config and what to do, in one or two sentences. `schema` knows the keys that exist."""
     if isinstance(error, ConfigError):
         return str(error)
     root = error
@@ -111,19 +127,19 @@ def describe(error: BaseException) -> str:
     overridden = re.search(r"Could not override '([^']+)'", outer)
     if unknown:
         key = key or (overridden.group(1) if overridden else unknown.group(1))
-        return f"{place}unknown key {key}.{_nearest(key)}"
+        return f"{place}unknown key {key}.{_nearest(key, schema)}"
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", outer)
     if missing:
         return f"{missing.group(1)}={missing.group(2)}: no such option.{_options(*missing.groups())}"
     if overridden and key in ("", overridden.group(1)):
-        return f"{overridden.group(1)}: {_nearest(overridden.group(1)).strip() or text + '.'}"
+        return f"{overridden.group(1)}: {_nearest(overridden.group(1), schema).strip() or text + '.'}"
     if key:
         return f"{place}{key}: {text[0].lower() + text[1:]}."
     return f"{place}{text}."
 
 
 def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
+    """Every dotted key of a schema."""
     keys, hints = [], get_type_hints(schema)
     for item in fields(schema):
         keys.append(prefix + item.name)
@@ -133,8 +149,10 @@ def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(key: str) -> str:
-    keys = [*known_keys(), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
+def _nearest(key: str, schema: Any) -> str:
+    suites = [f"suite.{item.name}" for suite in SUITES.values() for item in fields(suite)]
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    keys = [*known_keys(schema), *(suites if schema is EvaluateConfig else groups)]
     if key.startswith("data.weights."):
         return f" To add an entry to a mapping, write +{key}=..."
     if key.startswith("data.sources."):

@@ -13,6 +13,7 @@ from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
+from internlm2.config.reward import RewardConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
 
@@ -84,13 +85,14 @@ SOURCE_KINDS = (
     "preferences",
     "package",
     "toy",
+    "needles",
 )
 
 
 @dataclass
 class SourceConfig:
-    """One source of documents. `part` belongs to kind=stdlib, package and toy, `field` to kind=jsonl and parquet,
-    `format` to kind=conversations, `domain` to kind=preferences.
+    """One source of documents. `part` belongs to kind=stdlib, package, toy and needles, `field` to kind=jsonl and
+    parquet, `format` to kind=conversations, `domain` to kind=preferences.
     """
 
     kind: str = field(default=MISSING, metadata={"choices": SOURCE_KINDS})
@@ -235,7 +237,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "ppo", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -264,6 +266,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    reward: RewardConfig | None = None  # of stage=rm alone; null elsewhere
     # Of stage=ppo alone; null elsewhere.
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None

@@ -45,15 +45,17 @@ def documents(part: str) -> Iterator[Document]:
         if len(definition.docstring) <= LONGEST_DOCSTRING:
             modules.setdefault(definition.file, []).append(definition)
     for file, definitions in modules.items():
+        docstrings = sorted({definition.docstring for definition in definitions})
         for definition in definitions:
-            yield _record(file, definition, definitions)
+            yield _record(file, definition, docstrings)
 
 
-def _record(file: str, definition: Definition, siblings: list[Definition]) -> Document:
+def _record(file: str, definition: Definition, docstrings: list[str]) -> Document:
+    """`docstrings`: all different ones of the module."""
     answers = [(definition.docstring, 1.0), (_beginning(definition), 0.0)]
-    others = sorted({other.docstring for other in siblings} - {definition.docstring})
-    if others:
-        answers.append((others[_draw(definition.name, "sibling") % len(others)], 0.0))
+    if len(docstrings) > 1:
+        own, steps = docstrings.index(definition.docstring), _draw(definition.name, "sibling") % (len(docstrings) - 1)
+        answers.append((docstrings[(own + 1 + steps) % len(docstrings)], 0.0))
     return comparison(
         file,
         definition.line,

@@ -72,6 +72,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 return token
         raise ConfigError(f"{self.path} has no {key}: put a tokenizer_config.json that names it beside the file")
 
+    def has_piece(self, piece: str) -> bool:
+        return self._model.token_to_id(piece) is not None
+
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 

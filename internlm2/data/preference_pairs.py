@@ -1,13 +1,11 @@
-"""All pairs of the sources of a stage: which answer was preferred to which, and the tokens that the reward model reads.
+"""All pairs of the sources of a stage: which answer was preferred to which.
 
-A sequence is `<s>`, the condition of its domain, prompt and answer in the chat format, and the reward token, at whose
-place the score is read (report 4.2.1). Too long an answer loses tokens before its `<|im_end|>`, never that or the
-reward token. Pairs whose sides are equal, before or after that, and repetitions of a pair are dropped and counted.
+Pairs whose sides are equal, also when they become so because they are cut to the greatest length, and repetitions of a
+pair are dropped and counted.
 """
 
 import hashlib
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +13,8 @@ import numpy as np
 
 from internlm2.config import ConfigError
 from internlm2.data.corpus import Corpus
+from internlm2.data.reward_sequence import RewardSequences
 from internlm2.data.shards import Shard
-from internlm2.data.tokenizer import Tokenizer
-
-REWARD_TOKEN = "<|reward|>"
 
 
 @dataclass
@@ -59,27 +55,21 @@ class PairTable:
 
 @dataclass
 class PreferencePairs:
-    """`training` and `held_out` pairs of a corpus, and `ids(sequence, domain)`.
+    """`training` and `held_out` pairs of the sources of a corpus, and `ids(sequence, domain)`.
 
-    conditions  domain -> tokens that stand behind `<s>`; {} for a model without conditions
-    seq_len     most tokens of a sequence, condition and reward token included
-    Raises ConfigError where a source holds no answers to compare, or the vocabulary has no reward token.
+    Raises ConfigError where a source holds no answers to compare.
     """
 
     corpus: Corpus
     sources: list[str]
-    tokenizer: Tokenizer
-    conditions: Mapping[str, list[int]]
-    seq_len: int
+    sequences: RewardSequences
     domains: list[str] = field(init=False)
     counts: list[SourcePairs] = field(init=False)
     training: PairTable = field(init=False)
     held_out: PairTable = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reward_id = self.tokenizer.special_id(REWARD_TOKEN)
-        self.end_id = self.tokenizer.special_id("<|im_end|>")
-        self.start_id = self.tokenizer.special_id("<|im_start|>")
+        self._end_id, self._start_id = map(self.sequences.tokenizer.special_id, ("<|im_end|>", "<|im_start|>"))
         self.shards = [self.corpus.shard(source) for source in self.sources]
         for shard in self.shards:
             if not shard.domains:
@@ -88,14 +78,6 @@ class PreferencePairs:
                     "package or toy that has answers to compare."
                 )
         self.domains = sorted({domain for shard in self.shards for domain in shard.domains})
-        longest = max((len(ids) for ids in self.conditions.values()), default=0)
-        # The same for every domain, so that a sequence under another's condition is the same text.
-        self.room = self.seq_len - longest - 1
-        if self.room < 8:
-            raise ConfigError(
-                f"train.seq_len={self.seq_len} leaves no room for a conversation: the longest condition has {longest} "
-                "tokens."
-            )
         self.first_sequence = np.cumsum([0, *(shard.documents for shard in self.shards)])
         self._seen: set[bytes] = set()  # also over sources: a pair that two of them hold counts once
         tables = [self._table(number, shard) for number, shard in enumerate(self.shards)]
@@ -106,31 +88,25 @@ class PreferencePairs:
 
     def ids(self, sequence: int, domain: str) -> np.ndarray:
         """[length] int64: what the model reads for an answer, under a domain's condition."""
-        source = int(np.searchsorted(self.first_sequence, sequence, side="right")) - 1
-        tokens = self._tokens(self.shards[source], sequence - int(self.first_sequence[source]))
-        condition = np.array(self.conditions.get(domain, []), np.int64)
-        return np.concatenate([tokens[:1], condition, tokens[1:], [self.reward_id]])
+        return self.sequences.ids(self._conversation(sequence), domain)
 
     def lengths(self, sequences: np.ndarray, domains: np.ndarray) -> np.ndarray:
         """[S] int64: tokens of sequences under the conditions of `domains` (indices)."""
         stored = np.concatenate([shard.lengths for shard in self.shards])[sequences]
-        added = np.array([len(self.conditions.get(domain, [])) + 1 for domain in self.domains], np.int64)
-        return np.minimum(stored, self.room) + added[domains]
+        conditions = self.sequences.conditions
+        added = np.array([len(conditions.get(domain, ())) + 1 for domain in self.domains], np.int64)
+        return np.minimum(stored, self.sequences.room) + added[domains]
 
     def answer_length(self, sequence: int) -> int:
         """Tokens of the answer alone: what follows the last turn's header, without its end."""
-        source = int(np.searchsorted(self.first_sequence, sequence, side="right")) - 1
-        tokens = self._tokens(self.shards[source], sequence - int(self.first_sequence[source]))
-        start = int(np.flatnonzero(tokens == self.start_id)[-1])
-        return int(np.flatnonzero(tokens == self.end_id)[-1]) - start - 1
+        tokens = self.sequences.shorten(self._conversation(sequence))
+        start = int(np.flatnonzero(tokens == self._start_id)[-1])
+        return int(np.flatnonzero(tokens == self._end_id)[-1]) - start - 1
 
-    def _tokens(self, shard: Shard, document: int) -> np.ndarray:
-        tokens = np.asarray(shard.document(document), np.int64)
-        if len(tokens) <= self.room:
-            return tokens
-        end = int(np.flatnonzero(tokens == self.end_id)[-1])
-        tail = tokens[end:]
-        return np.concatenate([tokens[: self.room - len(tail)], tail])
+    def _conversation(self, sequence: int) -> np.ndarray:
+        source = int(np.searchsorted(self.first_sequence, sequence, side="right")) - 1
+        document = self.shards[source].document(sequence - int(self.first_sequence[source]))
+        return np.asarray(document, np.int64)
 
     def _table(self, source: int, shard: Shard) -> tuple[PairTable, PairTable, SourcePairs]:
         """The pairs of one source on both sides of the hold-out."""
@@ -138,12 +114,12 @@ class PreferencePairs:
         starts = np.flatnonzero(np.diff(records, prepend=-1))
         held = shard.held_out(self.corpus.validation_fraction)
         counts = SourcePairs(shard.name, domains=", ".join(shard.domains))
-        counts.cut_answers = int((shard.lengths > self.room).sum())
+        counts.cut_answers = int((shard.lengths > self.sequences.room).sum())
         rows: list[tuple[int, int, float, int, int, int]] = []
         base = int(self.first_sequence[source])
         for start, stop in itertools.pairwise([*starts.tolist(), len(records)]):
             domain = self.domains.index(shard.domains[int(domain_index[start])])
-            hashes = [self._hash(shard, document) for document in range(start, stop)]
+            hashes = [self._hash(base + document) for document in range(start, stop)]
             for a, b in itertools.combinations(range(start, stop), 2):
                 if scores[a] == scores[b]:
                     continue
@@ -166,8 +142,9 @@ class PreferencePairs:
         counts.tokens = int(self.lengths(used, np.tile(training.domains, 2)[places]).sum())
         return training, held_out, counts
 
-    def _hash(self, shard: Shard, document: int) -> bytes:
-        return hashlib.blake2b(self._tokens(shard, document).tobytes(), digest_size=12).digest()
+    def _hash(self, sequence: int) -> bytes:
+        tokens = self.sequences.shorten(self._conversation(sequence))
+        return hashlib.blake2b(tokens.tobytes(), digest_size=12).digest()
 
 
 def _table_of(rows: list[tuple[int, int, float, int, int, int]]) -> PairTable:

@@ -45,10 +45,10 @@ class PreferenceStream:
     def __init__(self, pairs: PreferencePairs, passes: Mapping[str, float], batch_tokens: int, seed: int) -> None:
         self.pairs, self.batch_tokens, self.seed = pairs, batch_tokens, seed
         self.passes = [float(passes[source]) for source in pairs.sources]
-        if batch_tokens < 2 * pairs.seq_len:
+        if batch_tokens < 2 * pairs.sequences.seq_len:
             raise ConfigError(
                 f"train.batch_tokens={batch_tokens} must hold a pair of the greatest length: use at least 2 x "
-                f"train.seq_len = {2 * pairs.seq_len}."
+                f"train.seq_len = {2 * pairs.sequences.seq_len}."
             )
         if not len(pairs.training):
             raise ConfigError(
@@ -83,14 +83,22 @@ class PreferenceStream:
         return self.divide(self.pairs.training, ranges, train.micro_batch, rank, world_size)
 
     def divide(
-        self, table: PairTable, units: Sequence[Iterable[int]], micro_batch: int, rank: int, world_size: int
+        self,
+        table: PairTable,
+        units: Sequence[Iterable[int]],
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        domain: str | None = None,
     ) -> list[PairBatch]:
-        """Units (pairs that stay together) of `table`, dealt to the ranks and cut into forward passes."""
-        limit = 2 * self.pairs.seq_len * micro_batch
+        """Units (pairs that stay together) of `table`, dealt to the ranks and cut into forward passes; `domain` as in
+        `collate`.
+        """
+        limit = 2 * self.pairs.sequences.seq_len * micro_batch
         dealt = [list(self._cut(table, units[number::world_size], limit)) for number in range(world_size)]
         longest = max(len(parts) for parts in dealt)
         mine: list[list[int]] = dealt[rank] + [[] for _ in range(longest - len(dealt[rank]))]
-        return [self.collate(table, part) for part in mine]
+        return [self.collate(table, part, domain) for part in mine]
 
     def collate(self, table: PairTable, numbers: Sequence[int], domain: str | None = None) -> PairBatch:
         """The pairs `numbers` of `table` as one batch; `domain` puts all under that domain's condition."""
@@ -104,7 +112,7 @@ class PreferenceStream:
                 if sequence not in sequences:
                     sequences[sequence] = (self.pairs.ids(sequence, told), source)
             rows.append((pair, chosen, rejected, float(table.gaps[pair])))
-        return collate_pairs(sequences, rows, self.pairs.tokenizer.bos_id)
+        return collate_pairs(sequences, rows, self.pairs.sequences.tokenizer.bos_id)
 
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint keeps so that a resumed run goes on with the same pairs."""
@@ -196,11 +204,13 @@ class PreferenceStream:
         return order[bounds[position] : bounds[position + 1]]
 
     def _fingerprint_parts(self) -> dict[str, Any]:
-        conditions = json.dumps({domain: list(ids) for domain, ids in self.pairs.conditions.items()}, sort_keys=True)
+        conditions = json.dumps(
+            {domain: list(ids) for domain, ids in self.pairs.sequences.conditions.items()}, sort_keys=True
+        )
         parts: dict[str, Any] = {
             "format": FORMAT,
             "tokenizer": self.pairs.corpus.tokenizer_fingerprint,
-            "seq_len": self.pairs.seq_len,
+            "seq_len": self.pairs.sequences.seq_len,
             "batch_tokens": self.batch_tokens,
             "seed": self.seed,
             "validation_fraction": self.pairs.corpus.validation_fraction,

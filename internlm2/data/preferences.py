@@ -8,6 +8,8 @@
     ratings    {"prompt", "answers": [...], "ratings": [...]}, or answers that are {"text" or "content", "rating"}
                (higher is better; equal ratings make no pair)
 
+    graded     {"question", NAME: {"solution", "is_correct"}, ...}: every right solution above every wrong one
+
 The prompt is a text, or turns in the formats of `internlm2.data.conversations`; `question` and `instruction` (with
 `input`) are read as well, and `conversations` as LLaMA-Factory writes it. `domain` says by which standards the answers
 were compared. A record that cannot be used raises RecordError.
@@ -76,6 +78,9 @@ def _compared(record: dict[str, Any]) -> tuple[tuple[Message, ...], list[Answer]
     if "ranked" in record:
         answers = _list(record, "ranked")
         return prompt, _scored(answers, [float(-place) for place in range(len(answers))])
+    graded = [value for value in record.values() if isinstance(value, dict) and "is_correct" in value]
+    if graded:
+        return prompt, _scored([value.get("solution") for value in graded], [float(v["is_correct"]) for v in graded])
     if "answers" not in record:
         raise RecordError("no answers: give chosen and rejected, ranked, or answers with ranks or ratings")
     answers = _list(record, "answers")
@@ -138,6 +143,8 @@ def _turns(value: Any, what: str) -> tuple[Message, ...]:
         if not isinstance(text, str):
             raise RecordError(f"{what} has no text")
         return _turns(text, what)
+    if value is None:
+        raise RecordError(f"{what} has no text")
     return turns_of([value] if isinstance(value, dict) else value)
 
 

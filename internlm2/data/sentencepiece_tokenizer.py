@@ -42,6 +42,9 @@ class SentencePieceTokenizer(Tokenizer):
         token = self._model.piece_to_id(piece)
         return None if token == self._model.unk_id() else token
 
+    def has_piece(self, piece: str) -> bool:
+        return self._piece_id(piece) is not None
+
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         rows: list[list[int] | None] = [None] * len(texts)
         simple = []

@@ -14,6 +14,7 @@ from internlm2.data import (
     dialog_packages,
     docstring_preferences,
     docstring_questions,
+    needles,
     record_files,
     stdlib_corpus,
     toy_language,
@@ -41,6 +42,7 @@ MADE = {
     },
     "package": dict.fromkeys(dialog_packages.PARTS, dialog_packages),
     "toy": dict.fromkeys(toy_language.PARTS, toy_language),
+    "needles": dict.fromkeys(needles.PARTS, needles),
 }
 # Files up to this size are hashed whole; of larger ones samples, the size and the time of change decide whether they
 # are the same.

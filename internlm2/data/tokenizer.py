@@ -41,6 +41,9 @@ OFFICIAL_ALIASES = {
     "<|im_start|>": "[UNUSED_TOKEN_146]",
 }
 
+# File beside a tokenizer's own that keeps the aliases of its markers.
+ALIASES = "tokenizer_aliases.json"
+
 # SentencePiece writes a space as this character; in text it would come back as a space, so it is encoded as its three
 # bytes.
 SPACE_SYMBOL = "\u2581"
@@ -66,6 +69,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
         """Text of ids that hold no marker."""
+
+    @abstractmethod
+    def has_piece(self, piece: str) -> bool:
+        """Is there an id for this very piece?"""
 
     @cached_property
     @abstractmethod
@@ -155,7 +162,7 @@ def load_tokenizer(path: str | Path, aliases: dict[str, str] | None = None) -> T
 
     path = Path(path)
     if path.is_dir():
-        stored = path / "tokenizer_aliases.json"
+        stored = path / ALIASES
         if aliases is None and stored.is_file():
             aliases = json.loads(stored.read_text(encoding="utf-8"))
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
@@ -208,6 +215,6 @@ def save_aliases(folder: Path, aliases: dict[str, str]) -> list[Path]:
     """Write `tokenizer_aliases.json` where there are any; returns what was written."""
     if not aliases:
         return []
-    target = folder / "tokenizer_aliases.json"
+    target = folder / ALIASES
     target.write_text(json.dumps(aliases, indent=2) + "\n", encoding="utf-8")
     return [target]

@@ -31,8 +31,9 @@ from typing import Any
 
 from internlm2.data.chat import FORMAT as CHAT_FORMAT
 from internlm2.data.chat import Message
-from internlm2.data.documents import Document
+from internlm2.data.documents import Answer, Document
 from internlm2.data.permutation import derive_key
+from internlm2.data.preferences import comparison
 
 # Raise when a change below alters the texts: cached shards of the old kind are then not used.
 DERIVATION_VERSION = 1
@@ -232,8 +233,9 @@ def blind_bound(pairs: Sequence[Pair], temperature: float = 0.0) -> float:
     return hits / total
 
 
-PARTS = ("conversations",)
+PARTS = ("conversations", "preferences")
 _CONVERSATIONS = 20_000
+_PREFERENCES = 12_000
 _CONVERSATIONS_SEED = 0
 
 
@@ -244,7 +246,7 @@ def folder(part: str) -> Path:
 
 def manifest(part: str) -> str:
     """Identity of a part's texts."""
-    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {_CONVERSATIONS} {_CONVERSATIONS_SEED}"
+    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {_CONVERSATIONS} {_PREFERENCES} {_CONVERSATIONS_SEED}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -254,7 +256,14 @@ def input_bytes(part: str) -> int:
 
 
 def documents(part: str) -> Iterator[Document]:
-    """`conversations`: the demonstrator's, in a fixed order, for supervised fine-tuning."""
+    """`conversations`: the demonstrator's, for supervised fine-tuning; `preferences`: pairs of its answers."""
+    if part == "preferences":
+        for index in range(_PREFERENCES):
+            made = pair(_CONVERSATIONS_SEED, "train", index)
+            sides = ((made.chosen, 1.0), (made.rejected, 0.0))
+            answers = [Answer((Message("assistant", text),), score) for text, score in sides]
+            yield comparison("toy_language", index + 1, made.prompt, answers, made.domain, f"toy pair:{index}")
+        return
     for index in range(_CONVERSATIONS):
         turns = demonstration(_CONVERSATIONS_SEED, "train", index)
         yield Document("toy_language", index + 1, messages=turns, split_key=f"toy:{index}")

@@ -166,6 +166,16 @@ class Engine:
             yield from self.step()
 
     @torch.inference_mode()
+    def stop(self, completions: Sequence[Completion]) -> None:
+        """End running rows now, for instance because a stop text was written; they keep what they have."""
+        ended = {id(completion) for completion in completions}
+        for row in self._rows:
+            if id(row.completion) in ended:
+                row.completion.finish = "stop"
+        if ended:
+            self._leave()
+
+    @torch.inference_mode()
     def step(self) -> list[Token]:
         """Waiting prompts that fit are read and get their first token; if there are none, every row gets one more."""
         chosen = self._admit()

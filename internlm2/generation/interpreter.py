@@ -1,7 +1,8 @@
-"""Runs a model's Python in a subprocess with limits: time, memory, output, no network where the system allows it.
+"""Runs a model's Python in a subprocess with limits: time, memory, output, and the kernel's guards over files, network
+and processes (see `internlm2.generation.sandbox`).
 
-It is a guard against accidents, not against an attacker: the code runs under the user's own account and can read the
-user's files. For untrusted models, run the whole chat inside a container.
+It is a guard against accidents and cheap tricks, not against an attacker of the kernel: for models that you do not
+trust, run the whole inside a container.
 """
 
 import functools
@@ -16,16 +17,31 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from internlm2.generation import sandbox
+
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds of wall time, megabytes of address space, characters of output that are given back."""
+    """seconds of wall time, megabytes of address space, characters of output that are given back; `processes`: whether
+    the program may start others.
+    """
 
     seconds: float = 10.0
     megabytes: int = 1024
     characters: int = 4096
+    processes: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program printed (errors included, cut at the limit), its exit code, and whether it ran out of time."""
+
+    output: str
+    cut: bool
+    exit_code: int
+    late: bool
 
 
 def code_of(block: str) -> str:
@@ -35,32 +51,48 @@ def code_of(block: str) -> str:
 
 
 @functools.cache
-def network_cut() -> tuple[str, ...]:
-    """The command that starts a program without network, or () where the system does not let us."""
+def network_cut() -> tuple[str, ...] | None:
+    """What must stand before a program's command so that it has no network; None where nothing helps."""
+    if "network" not in sandbox.missing():
+        return ()
     unshare = shutil.which("unshare")
     if unshare is None:
-        return ()
+        return None
     command = (unshare, "--user", "--map-root-user", "--net")
     tried = subprocess.run([*command, "true"], capture_output=True)
-    return command if tried.returncode == 0 else ()
+    return command if tried.returncode == 0 else None
 
 
 def run_python(code: str, limits: Limits = Limits()) -> str:
     """What the code prints, errors included, followed by a note where it failed or ran into a limit."""
+    found = run_program(code, limits)
+    notes = []
+    if found.cut:
+        notes.append(f"[output cut after {limits.characters} characters]")
+    if found.late:
+        notes.append(f"[stopped after {limits.seconds:g} seconds]")
+    elif found.exit_code != 0:
+        notes.append(f"[ended with exit code {found.exit_code}]")
+    return "\n".join(part for part in (found.output.rstrip("\n"), *notes) if part)
+
+
+def run_program(code: str, limits: Limits = Limits()) -> Outcome:
+    """Run Python code in a folder of its own, and wait for its end."""
     with tempfile.TemporaryDirectory(prefix="internlm2-interpreter-") as folder:
         output, work = Path(folder) / "output", Path(folder) / "work"
         work.mkdir()
+        (work / "program.py").write_text(code, encoding="utf-8", errors="surrogatepass")
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(work), "TMPDIR": str(work), "LANG": "C.UTF-8"}
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [*network_cut(), sys.executable, "-I", "-u", "-X", "utf8", "-c", code],
+                [*(network_cut() or ()), sys.executable, "-I", "-u", "-X", "utf8", "program.py"],
                 cwd=work,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=functools.partial(_limit, limits),
+                preexec_fn=functools.partial(_limit, limits, str(work)),
             )
             late = False
             try:
@@ -69,10 +101,13 @@ def run_python(code: str, limits: Limits = Limits()) -> str:
                 late = True
             finally:
                 _end_group(process)
-        return _report(output, process.returncode, late, limits)
+        with output.open("rb") as read:
+            text = read.read(4 * limits.characters + 4).decode("utf-8", errors="replace")
+        cut = len(text) > limits.characters
+        return Outcome(text[: limits.characters], cut, process.returncode, late)
 
 
-def _limit(limits: Limits) -> None:
+def _limit(limits: Limits, work: str) -> None:
     size = limits.megabytes << 20
     seconds = int(limits.seconds) + 1
     for what, value in (
@@ -82,6 +117,8 @@ def _limit(limits: Limits) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (value, value))
+    if not network_cut():  # unshare itself would be refused, and then it holds the network
+        sandbox.lock_down(work, processes=limits.processes)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -92,17 +129,3 @@ def _end_group(process: subprocess.Popen) -> None:
         return  # all gone already
     finally:
         process.wait()
-
-
-def _report(output: Path, code: int, late: bool, limits: Limits) -> str:
-    with output.open("rb") as stream:
-        text = stream.read(4 * limits.characters + 4).decode("utf-8", errors="replace")
-    notes = []
-    if len(text) > limits.characters:
-        text = text[: limits.characters]
-        notes.append(f"[output cut after {limits.characters} characters]")
-    if late:
-        notes.append(f"[stopped after {limits.seconds:g} seconds]")
-    elif code != 0:
-        notes.append(f"[ended with exit code {code}]")
-    return "\n".join(part for part in (text.rstrip("\n"), *notes) if part)

@@ -9,19 +9,20 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from internlm2.config import AdapterConfig, ConfigError, ModelConfig
-from internlm2.model.layouts import QKV, llama_shapes, split_wqkv
-from internlm2.model.transformer import CausalLM
+from internlm2.model.layouts import OUTPUT, QKV, REWARD_HEAD, llama_shapes, split_wqkv
 from internlm2.model.weights import Weights, model_weights
 from internlm2.ops.quantized import QuantizedWeight, dequantize_weight, quantize_weight, quantized_linear
+
+Model = TypeVar("Model", bound=nn.Module)
 
 TARGETS = ("wqkv", "wo", "w1", "w2", "w3")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -80,8 +81,9 @@ class Dropout(nn.Module):
         return x * keep / (1 - self.probability)
 
 
-def add_adapters(model: CausalLM, config: AdapterConfig, seed: int) -> CausalLM:
-    """Freeze `model` and put adapters on its target linears, in place; qlora also quantises those.
+def add_adapters(model: Model, config: AdapterConfig, seed: int) -> Model:
+    """Freeze `model` and put adapters on its target linears, in place; qlora also quantises those. The one-output head
+    of a reward model, which has learned nothing yet, stays trainable as it is.
 
     B starts at zero, so the model's function does not change (but for the rounding of qlora). Raises ConfigError where
     peft is absent or a target does not exist.
@@ -96,6 +98,9 @@ def add_adapters(model: CausalLM, config: AdapterConfig, seed: int) -> CausalLM:
             setattr(model.get_submodule(parent), child, QuantizedLinear(linear.weight, config.bits))
     _inject(model, config)
     reset_adapters(model, config, seed)
+    for name, parameter in model.named_parameters():
+        if name == REWARD_HEAD:
+            parameter.requires_grad_(True)
     return model
 
 
@@ -104,7 +109,7 @@ def reset_adapters(model: nn.Module, config: AdapterConfig, seed: int) -> None:
     for name, parameter in adapter_parameters(model):
         if ".lora_B." in name:
             nn.init.zeros_(parameter)
-        elif parameter.device.type != "meta":
+        elif name != REWARD_HEAD and parameter.device.type != "meta":
             draw = torch.Generator().manual_seed(_key(seed, name))
             bound = 1 / math.sqrt(parameter.shape[1])
             with torch.no_grad():
@@ -116,7 +121,7 @@ def reset_adapters(model: nn.Module, config: AdapterConfig, seed: int) -> None:
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trainable parameters, by the names that engines and checkpoints use."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
+    return ((name, p) for name, p in model.named_parameters() if ".lora_" in name or name == REWARD_HEAD)
 
 
 @contextlib.contextmanager
@@ -161,21 +166,25 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    tensors = {name.replace(".default.", "."): tensor for name, tensor in weights if ".lora_" in name}
+    given = dict(weights)
+    tensors = {name.replace(".default.", "."): tensor for name, tensor in given.items() if ".lora_" in name}
     targets = list(config.targets)
     if layout == "llama":
         tensors = dict(_llama_tensors(tensors, model))
         targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    head = {REWARD_HEAD: given[REWARD_HEAD]} if REWARD_HEAD in given else {}
+    tensors |= head
     stored = {_PEFT_PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # The function that was trained includes the rounding of the base: whoever merges must know of it.
     metadata = {"format": "pt"} | ({"base_bits": str(config.bits)} if config.kind == "qlora" else {})
     save_file(stored, folder / WEIGHTS_FILE, metadata)
     settings = _lora_config(replace(config, targets=targets), base)
+    settings.modules_to_save = [name.removesuffix(".weight") for name in head] or None
     settings.save_pretrained(str(folder))
 
 
-def load_adapter(model: CausalLM, folder: Path, seed: int = 0) -> AdapterConfig:
+def load_adapter(model: nn.Module, folder: Path, seed: int = 0) -> AdapterConfig:
     """Put the adapters saved in `folder` on `model`, in place, ready to train on or to generate with."""
     config, tensors = read_adapter(folder)
     add_adapters(model, config, seed)
@@ -206,7 +215,8 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             tensors = {name.removeprefix(_PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} holds a damaged adapter: {error}") from error
-    unknown = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors} - set(TARGETS))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if name != REWARD_HEAD}
+    unknown = sorted(adapted - set(TARGETS))
     if unknown or settings.get("use_dora") or settings.get("use_rslora") or settings.get("bias", "none") != "none":
         what = f"it adapts {', '.join(unknown)}" if unknown else "it uses DoRA, rank-stabilised scaling or biases"
         raise ConfigError(f"{folder}: only plain LoRA on {', '.join(TARGETS)} can be used here, but {what}.")
@@ -227,10 +237,18 @@ def adapted_weights(base: Weights, folder: Path) -> Weights:
     After qlora the base is rounded as it was in training, so that the merged model is the trained one.
     """
     config, tensors = read_adapter(folder)
+    head = tensors.pop(REWARD_HEAD, None)
     if missing := {name.split(".lora_")[0] + ".weight" for name in tensors} - base.dtypes.keys():
         raise ConfigError(f"{folder} adapts {sorted(missing)[0]}, which {base.origin or 'the model'} does not have.")
 
+    dtypes = dict(base.dtypes)
+    if head is not None:  # the adapter of a reward model brings the head
+        dtypes.pop(OUTPUT, None)
+        dtypes[REWARD_HEAD] = base.dtype
+
     def read(name: str) -> Tensor:
+        if name == REWARD_HEAD and head is not None:
+            return head.to(base.dtype)
         weight, module = base.read(name), name.removesuffix(".weight")
         a, b = tensors.get(f"{module}.lora_A.weight"), tensors.get(f"{module}.lora_B.weight")
         if a is None or b is None:
@@ -240,14 +258,15 @@ def adapted_weights(base: Weights, folder: Path) -> Weights:
             frozen = dequantize_weight(quantize_weight(frozen, config.bits), torch.float32)
         return _merged(frozen, a, b, config).to(weight.dtype)
 
-    return replace(base, kind=f"{base.kind} with {config.kind}", read=read)
+    return replace(base, kind=f"{base.kind} with {config.kind}", dtypes=dtypes, read=read)
 
 
-def merged_weights(model: CausalLM, config: AdapterConfig, tokenizer: Path | None = None) -> Weights:
+def merged_weights(model: nn.Module, config: AdapterConfig, tokenizer: Path | None = None) -> Weights:
     """The weights of a model with adapters in memory, merged; names and shapes are those of a plain model."""
     layers = _layers(model)
     with torch.device("meta"):
-        plain = model_weights(CausalLM(model.config), tokenizer)
+        kind = cast(Callable[[ModelConfig], nn.Module], type(model))
+        plain = model_weights(kind(cast(ModelConfig, model.config)), tokenizer)
     parameters = dict(model.named_parameters())
 
     def read(name: str) -> Tensor:
@@ -282,7 +301,7 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, config: AdapterConfig) -> Tens
     return weight + config.alpha / config.rank * (b.to(device).float() @ a.to(device).float())
 
 
-def _targets(model: CausalLM, targets: Iterable[str]) -> dict[str, nn.Linear]:
+def _targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear]:
     wanted = set(targets)
     if not wanted or wanted - set(TARGETS):
         wrong = ", ".join(sorted(wanted - set(TARGETS))) or "nothing"
@@ -308,7 +327,7 @@ def _lora_config(config: AdapterConfig, base: str | None = None) -> Any:
     )
 
 
-def _inject(model: CausalLM, config: AdapterConfig) -> None:
+def _inject(model: nn.Module, config: AdapterConfig) -> None:
     """Let peft replace the targets. Its own dropout stays off (`Dropout` above), and so does its task's wrapper."""
     settings = _lora_config(replace(config, dropout=0.0))
     settings.inference_mode = False

@@ -33,6 +33,7 @@ from internlm2.model.safetensors_files import PlannedTensor, SafetensorsWriter
 from internlm2.model.tokenizer_export import TokenizerFacts, export_tokenizer
 from internlm2.model.weights import Weights
 
+REWARD_SETTINGS = "reward.json"  # of a reward model: its conditions, and the statistics of its scores
 LAYOUTS = ("internlm2", "llama")
 SHARD_BYTES = 5_000_000_000
 _CODE_FILES = ("configuration_internlm2.py", "modeling_internlm2.py")
@@ -76,12 +77,14 @@ def export_weights(
     shard_bytes: int = SHARD_BYTES,
     keep_dynamic_rope: bool = False,
     overwrite: bool = False,
+    reward_settings: Path | None = None,
 ) -> Export:
     """Write `weights` as a folder of `layout` (internlm2 or llama) at `output`, one tensor in memory at a time.
 
     dtype      of all tensors; None keeps each as it is stored, which makes a re-save bit-equal
     tokenizer  folder with tokenizer.model or tokenizer.json; None takes the one that came with the weights
     overwrite  replace a folder that is an export; anything else at `output` is left alone and refused
+    reward_settings  of a reward model, its reward.json; None takes the one that came with the weights
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} does not exist: use internlm2 or llama.")
@@ -90,8 +93,25 @@ def export_weights(
     dtypes = {name: dtype or stored for name, stored in weights.dtypes.items()}
     tokenizer = tokenizer or weights.tokenizer
     return _export(
-        output, weights.config, dtypes, weights, tokenizer, layout, shard_bytes, keep_dynamic_rope, overwrite
+        output,
+        weights.config,
+        dtypes,
+        weights,
+        tokenizer,
+        layout,
+        shard_bytes,
+        keep_dynamic_rope,
+        overwrite,
+        reward_settings or _stored_reward_settings(weights),
     )
+
+
+def _stored_reward_settings(weights: Weights) -> Path | None:
+    """reward.json beside an export's weights, or in the run directory of a checkpoint."""
+    if REWARD_HEAD not in weights.dtypes or weights.origin is None:
+        return None
+    folders = (weights.origin, weights.origin.parent.parent)
+    return next((folder / REWARD_SETTINGS for folder in folders if (folder / REWARD_SETTINGS).is_file()), None)
 
 
 def _export(
@@ -104,6 +124,7 @@ def _export(
     shard_bytes: int,
     keep_dynamic_rope: bool,
     overwrite: bool,
+    reward_settings: Path | None = None,
 ) -> Export:
     """Build the folder beside `output` and rename it: `output` is the old folder or the whole new one, never half."""
     output = Path(output).absolute()
@@ -117,6 +138,8 @@ def _export(
         facts = _write_tokenizer(partial, config, tokenizer, notes)
         write_tensors(partial, config, dtypes, tensors, layout, shard_bytes)
         _write_settings(partial, config, dtypes, facts, layout, keep_dynamic_rope, notes)
+        if reward_settings is not None:
+            shutil.copyfile(reward_settings, partial / REWARD_SETTINGS)
         files = sorted(entry.name for entry in partial.iterdir())
         for name in files:
             _sync(partial / name)
@@ -185,7 +208,10 @@ def _write_settings(
     content = write_config(config, layout, dtypes[EMBEDDING], token_ids=token_ids, keep_dynamic=keep_dynamic_rope)
     if REWARD_HEAD in dtypes:
         content["architectures"] = ["InternLM2ForRewardModel"]
-        content.pop("auto_map")
+        content["auto_map"].pop("AutoModelForCausalLM")
+        content["auto_map"]["AutoModel"] = "modeling_internlm2.InternLM2ForRewardModel"
+        if facts.reward is not None:
+            content["reward_token_id"] = facts.reward
     _write_json(folder / "config.json", content)
     generation = {"bos_token_id": facts.bos, "eos_token_id": facts.stop, "pad_token_id": facts.pad}
     _write_json(folder / "generation_config.json", generation)

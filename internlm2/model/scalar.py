@@ -70,7 +70,12 @@ class ScalarModel(nn.Module):
 
     def scores(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """The number at the last token of each sequence, [n] float32. Its place comes from the lengths alone."""
-        return self(ids, cu_seqlens, max_seqlen)[cu_seqlens[1:].long() - 1]
+        return last_values(self(ids, cu_seqlens, max_seqlen), cu_seqlens)
+
+
+def last_values(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """values [T] -> the one at the last token of each sequence, [n]: a reward model's scores."""
+    return values[cu_seqlens[1:].long() - 1]
 
 
 def load_scalar_model(

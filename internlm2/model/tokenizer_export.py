@@ -30,13 +30,16 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the model's own files repeat from its tokenizer: special ids, and the ids that end a chat turn."""
+    """What the model's own files repeat from its tokenizer: special ids, the ids that end a chat turn, and that of the
+    reward token where there is one.
+    """
 
     vocab_size: int
     bos: int
     eos: int
     pad: int
     stop: list[int]
+    reward: int | None = None
 
 
 def export_tokenizer(source: Path, output: Path) -> TokenizerFacts:
@@ -181,7 +184,8 @@ def _export_sentencepiece(model: Path, output: Path, aliases: dict[str, str]) ->
     _write_json(output / "tokenizer_config.json", settings)
     _write_json(output / "special_tokens_map.json", {**named, "additional_special_tokens": markers})
     stop = [trainer.eos_id, *([names["<|im_end|>"]] if "<|im_end|>" in names else [])]
-    return TokenizerFacts(tokenizer.get_vocab_size(), trainer.bos_id, trainer.eos_id, names[pad], stop)
+    size, reward = tokenizer.get_vocab_size(), names.get("<|reward|>")
+    return TokenizerFacts(size, trainer.bos_id, trainer.eos_id, names[pad], stop, reward)
 
 
 def _export_json(stored: Path, output: Path, aliases: dict[str, str]) -> TokenizerFacts:
@@ -214,7 +218,8 @@ def _export_json(stored: Path, output: Path, aliases: dict[str, str]) -> Tokeniz
     if pad is None:
         settings["pad_token"], pad = settings["eos_token"], ids["eos"]
     end = tokenizer.token_to_id(aliases.get("<|im_end|>", "<|im_end|>"))
-    speaks_chatml = not aliases and tokenizer.token_to_id("<|im_start|>") is not None and end is not None
+    renamed = {"<|im_start|>", "<|im_end|>"} & aliases.keys()
+    speaks_chatml = not renamed and tokenizer.token_to_id("<|im_start|>") is not None and end is not None
     if speaks_chatml and not (output / "chat_template.jinja").exists():
         settings.setdefault("chat_template", CHAT_TEMPLATE)
     _write_json(output / "tokenizer_config.json", settings)
@@ -223,7 +228,8 @@ def _export_json(stored: Path, output: Path, aliases: dict[str, str]) -> Tokeniz
     if aliases:
         _write_json(output / ALIASES, aliases)
     stop = list(dict.fromkeys([ids["eos"], *([] if end is None else [end])]))
-    return TokenizerFacts(tokenizer.get_vocab_size(), ids["bos"], ids["eos"], pad, stop)
+    reward = tokenizer.token_to_id(aliases.get("<|reward|>", "<|reward|>"))
+    return TokenizerFacts(tokenizer.get_vocab_size(), ids["bos"], ids["eos"], pad, stop, reward)
 
 
 def _content(token: Any) -> str | None:

@@ -1,17 +1,20 @@
-"""Line figures as inline SVG that takes its colours and font from the page, so that one drawing is right in light and
-dark.
+"""Line figures and heat maps as inline SVG that takes its colours and font from the page, so that one drawing is right
+in light and dark.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 # Drawn in these colours, which then become CSS variables of the page.
-_INK, _GRID = "#010203", "#040506"
+_INK, _GRID, _STRONG = "#010203", "#040506", "#070809"
 _SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
-_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--line)"} | {c: f"var(--s{i + 1})" for i, c in enumerate(_SERIES)}
+_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--line)", _STRONG: "var(--ink)"}
+_VARIABLES |= {colour: f"var(--s{number + 1})" for number, colour in enumerate(_SERIES)}
 
 MOST_POINTS = 500
 
@@ -136,6 +139,70 @@ def line_figure(
     return _inline(text.getvalue(), title)
 
 
+CELL_WIDTH, CELL_HEIGHT = 62, 24  # of a heat map, SVG units
+
+
+def heat_map_figure(heat_map: dict[str, Any], *, title: str) -> str:
+    """An SVG element: `values` [y][x] in 0..1 as cells that fade from nothing to the page's first colour, each with its
+    percentage.
+    """
+    x, y, values = heat_map["x"], heat_map["y"], heat_map["values"]
+    left, top = 52, 8
+    width, height = left + len(x) * CELL_WIDTH + 8, top + len(y) * CELL_HEIGHT + 44
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" font-size="11">']
+    for row, (label, cells) in enumerate(zip(y, values, strict=True)):
+        middle = top + (row + 0.5) * CELL_HEIGHT + 4
+        parts.append(f'<text x="{left - 6}" y="{middle:g}" text-anchor="end" fill="{_INK}">{label:g}</text>')
+        for column, value in enumerate(cells):
+            at = left + column * CELL_WIDTH
+            if value is None:
+                continue
+            parts.append(
+                f'<rect x="{at + 1}" y="{top + row * CELL_HEIGHT + 1}" width="{CELL_WIDTH - 2}" '
+                f'height="{CELL_HEIGHT - 2}" rx="3" fill="{_SERIES[0]}" fill-opacity="{0.06 + 0.8 * value:.2f}"/>'
+                f'<text x="{at + CELL_WIDTH / 2:g}" y="{middle:g}" text-anchor="middle" fill="{_STRONG}">'
+                f"{value:.0%}</text>"
+            )
+    bottom = top + len(y) * CELL_HEIGHT
+    for column, label in enumerate(x):
+        middle = left + (column + 0.5) * CELL_WIDTH
+        parts.append(
+            f'<text x="{middle:g}" y="{bottom + 16}" text-anchor="middle" fill="{_INK}">{_binary(label)}</text>'
+        )
+    centre = left + len(x) * CELL_WIDTH / 2
+    label_x, label_y = escape(heat_map["x_label"]), escape(heat_map["y_label"])
+    parts.append(f'<text x="{centre:g}" y="{bottom + 36}" text-anchor="middle" fill="{_INK}">{label_x}</text>')
+    parts.append(
+        f'<text transform="translate(14 {top + len(y) * CELL_HEIGHT / 2:g}) rotate(-90)" text-anchor="middle" '
+        f'fill="{_INK}">{label_y}</text></svg>'
+    )
+    svg = "\n".join(parts)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+def heat_map_png(path: Path, heat_map: dict[str, Any], title: str) -> None:
+    """The same map as a picture file, for where no browser is."""
+    from matplotlib.figure import Figure
+
+    x, y, values = heat_map["x"], heat_map["y"], heat_map["values"]
+    figure = Figure(figsize=(2.0 + 0.8 * len(x), 1.6 + 0.3 * len(y)), layout="constrained", dpi=150)
+    axes: Any = figure.add_subplot()
+    shown = [[float("nan") if value is None else value for value in row] for row in values]
+    image = axes.imshow(shown, cmap="YlGnBu", vmin=0.0, vmax=1.0, aspect="auto")
+    axes.set_xticks(range(len(x)), [_binary(value) for value in x])
+    axes.set_yticks(range(len(y)), [f"{value:g}" for value in y])
+    for row, cells in enumerate(values):
+        for column, value in enumerate(cells):
+            if value is not None:
+                ink = "white" if value > 0.6 else "black"
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlabel=heat_map["x_label"], ylabel=heat_map["y_label"], title=title)
+    figure.colorbar(image, ax=axes, label=heat_map.get("value_label", "share"))
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
 def _decimal(value: float, position: int | None = None) -> str:
     """Tick label: 4.5, 12k, 3e-4."""
     if value and abs(value) < 0.001:
@@ -153,8 +220,6 @@ def _binary(value: float, position: int | None = None) -> str:
 
 def _inline(svg: str, title: str) -> str:
     """Cut a matplotlib file down to an element of the page."""
-    from html import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(

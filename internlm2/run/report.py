@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from internlm2.run.atomic import replace_text
 from internlm2.run.console import duration, quantity
+from internlm2.run.evaluation_section import evaluation, gains
 from internlm2.run.figures import Series, line_figure, smooth
+from internlm2.run.page_elements import figure, table
 from internlm2.run.page_style import STYLE
 from internlm2.run.stage_summary import StageSummary, read_stage
 from internlm2.run.throughput import FORMULA
@@ -29,14 +30,15 @@ def write_stage_report(stage: Path) -> Path:
 def write_report(run_root: Path, stages: Sequence[str] | None = None) -> Path:
     """Write `run_root`/report.html over its stages and return its path.
 
-    `stages`: names in the order of the recipe; by default every sub-directory with metrics, in the order of their
-    first start.
+    `stages`: names in the order of the recipe; by default every directory below with metrics (a stage's own, and those
+    inside it, such as the rounds of PPO), in the order of their first start.
     """
     if stages is None:
-        found = [read_stage(folder.parent) for folder in run_root.glob("*/metrics.jsonl")]
+        folders = [file.parent for file in run_root.rglob("metrics.jsonl")]
+        found = [read_stage(folder, folder.relative_to(run_root).as_posix()) for folder in folders]
         found.sort(key=lambda stage: stage.starts[0]["time"] if stage.starts else "")
     else:
-        found = [read_stage(run_root / name) for name in stages if (run_root / name / "metrics.jsonl").exists()]
+        found = [read_stage(run_root / name, name) for name in stages if (run_root / name / "metrics.jsonl").exists()]
     if not found:
         raise FileNotFoundError(f"{run_root} has no stage with a metrics.jsonl: there is nothing to report.")
     body = [
@@ -66,14 +68,14 @@ def _write(path: Path, title: str, body: Sequence[str]) -> Path:
 def _stage_sections(stage: StageSummary) -> list[str]:
     parts = [f"<p>{_story(stage)}</p>", _tiles(stage)]
     parts += [f'<p class="bad">{escape(problem)}</p>' for problem in stage.problems]
-    parts += [_curves(stage), *_validation(stage), *_evaluation(stage)]
+    parts += [_curves(stage), *_validation(stage), *evaluation(stage.figures)]
     if stage.not_applied():
         rows = [{"step": r["step"], "reason": r.get("reason", "")} for r in stage.not_applied()]
-        parts += [f"<h3>Steps without an update: {len(rows)}</h3>", _table(rows[:50])]
+        parts += [f"<h3>Steps without an update: {len(rows)}</h3>", table(rows[:50])]
     if stage.data:
-        parts += ["<h3>Data that the stage trained on</h3>", _table(stage.data)]
+        parts += ["<h3>Data that the stage trained on</h3>", table(stage.data)]
     if stage.handover:
-        parts += ["<h3>Handed over from the stage before</h3>", _table(stage.handover)]
+        parts += ["<h3>Handed over from the stage before</h3>", table(stage.handover)]
     if stage.samples:
         parts.append("<h3>What the model writes</h3>")
         parts += [
@@ -86,7 +88,7 @@ def _stage_sections(stage: StageSummary) -> list[str]:
 def _story(stage: StageSummary) -> str:
     losses = [loss for loss in stage.column("loss") if loss is not None]
     if not losses:
-        return "No step has been recorded."
+        return f"{stage.steps:,} steps, {duration(stage.seconds)}." if stage.steps else "No step has been recorded."
     text = f"The training loss went from {losses[0]:.3f} to {stage.last('loss'):.3f} in {stage.steps:,} steps"
     text += f" and {quantity(stage.tokens)} tokens" if stage.tokens else ""
     text += f", {duration(stage.seconds)} of training" if stage.timing else ""
@@ -130,17 +132,21 @@ def _curves(stage: StageSummary) -> str:
         return ""
     half_life = max(2.0, len(steps) / 60)
     figures = []
-    for key, name in (("loss", "Training loss"), ("grad_norm", "Gradient norm, before clipping")):
+    for key, name, unit in (
+        ("loss", "Training loss", "nats a token" if stage.predicts_tokens else "loss"),
+        ("accuracy", "Training accuracy", "share of pairs"),
+        ("grad_norm", "Gradient norm, before clipping", "norm"),
+    ):
         values = stage.column(key)
-        raw = Series("each step", steps, values, faint=True, colour=0)
-        mean = Series(f"mean, half-life {half_life:.0f} steps", steps, smooth(values, half_life), colour=0)
-        unit = "nats a token" if key == "loss" else "norm"
-        figures.append(_figure(line_figure([raw, mean], "step", unit, title=name), name))
-    rate = [Series("lr", steps, stage.column("lr"), colour=2)]
-    figures.append(
-        _figure(line_figure(rate, "step", "learning rate", title="Learning rate", from_zero=True), "Learning rate")
-    )
-    if stage.timing:
+        if any(value is not None for value in values):
+            raw = Series("each step", steps, values, faint=True, colour=0)
+            mean = Series(f"mean, half-life {half_life:.0f} steps", steps, smooth(values, half_life), colour=0)
+            figures.append(figure(line_figure([raw, mean], "step", unit, title=name), name))
+    if any(value is not None for value in stage.column("lr")):
+        rate = [Series("lr", steps, stage.column("lr"), colour=2)]
+        drawing = line_figure(rate, "step", "learning rate", title="Learning rate", from_zero=True)
+        figures.append(figure(drawing, "Learning rate"))
+    if any(record.get("tokens_per_second") is not None for record in stage.timing):
         at = [record["step"] for record in stage.timing]
         speed = [record.get("tokens_per_second") for record in stage.timing]
         lines = [
@@ -148,8 +154,8 @@ def _curves(stage: StageSummary) -> str:
             Series("mean", at, smooth(speed, half_life), colour=3),
         ]
         drawing = line_figure(lines, "step", "tokens / s", title="Throughput", from_zero=True)
-        figures.append(_figure(drawing, "Throughput"))
-    return f'<div class="figures">{"".join(figures)}</div>'
+        figures.append(figure(drawing, "Throughput"))
+    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
 
 
 def _validation(stage: StageSummary) -> list[str]:
@@ -175,19 +181,8 @@ def _validation(stage: StageSummary) -> list[str]:
     if max(len(steps) for steps, _ in curves.values()) > 1:
         lines = [Series(source, steps, losses) for source, (steps, losses) in curves.items()]
         drawing = line_figure(lines, "step", "nats a token", title="Validation loss by source", wide=True)
-        parts.append(f'<div class="figures">{_figure(drawing, "On held-out documents", wide=True)}</div>')
-    return [*parts, _table(rows)]
-
-
-def _evaluation(stage: StageSummary) -> list[str]:
-    drawn = []
-    for figure in stage.figures:
-        lines = [Series(line["label"], line["x"], line["y"]) for line in figure["series"]]
-        wide = len(stage.figures) % 2 == 1 and figure is stage.figures[-1]
-        scale = figure.get("x_scale") == "log"
-        svg = line_figure(lines, figure["x_label"], figure["y_label"], title=figure["title"], wide=wide, log_x=scale)
-        drawn.append(_figure(svg, figure["title"] + (f": {figure['note']}" if figure.get("note") else ""), wide=wide))
-    return [f'<h3>Evaluation</h3><div class="figures">{"".join(drawn)}</div>'] if drawn else []
+        parts.append(f'<div class="figures">{figure(drawing, "On held-out documents", wide=True)}</div>')
+    return [*parts, table(rows)]
 
 
 def _joined_curve(stages: Sequence[StageSummary]) -> list[str]:
@@ -208,7 +203,7 @@ def _joined_curve(stages: Sequence[StageSummary]) -> list[str]:
     if len(stages) < 2 or not done:
         return []
     drawing = line_figure(lines, "tokens", "nats a token", title="Training loss of all stages", wide=True, marks=marks)
-    return [f'<div class="figures">{_figure(drawing, "Training loss over the whole run", wide=True)}</div>']
+    return [f'<div class="figures">{figure(drawing, "Training loss over the whole run", wide=True)}</div>']
 
 
 def _overview(stages: Sequence[StageSummary]) -> str:
@@ -219,14 +214,14 @@ def _overview(stages: Sequence[StageSummary]) -> str:
             {
                 "stage": stage.name,
                 "status": stage.status,
+                "what it gained": "; ".join(gains(stage)),
                 "steps": stage.steps,
-                "tokens": quantity(stage.tokens),
-                "loss": stage.last("loss"),
+                "tokens": quantity(stage.tokens) if stage.tokens else None,
                 "tokens / s": quantity(speed) if speed is not None else None,
                 "time": duration(stage.seconds),
             }
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _origin(stage: StageSummary) -> list[str]:
@@ -246,7 +241,7 @@ def _origin(stage: StageSummary) -> list[str]:
                 "torch": start.get("packages", {}).get("torch"),
             }
         )
-    parts = ["<h3>Where it comes from</h3>", _table(rows)] if rows else []
+    parts = ["<h3>Where it comes from</h3>", table(rows)] if rows else []
     if stage.starts:
         parts.append(f'<p class="soft">Last command: <code>{escape(" ".join(stage.starts[-1]["command"]))}</code></p>')
     if stage.config:
@@ -256,34 +251,6 @@ def _origin(stage: StageSummary) -> list[str]:
 
 def _moment(time: str | None) -> str | None:
     return time[:16].replace("T", " ") if time else None
-
-
-def _figure(svg: str, caption: str, *, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f"<figure{kind}><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
-    align = {c: ' class="number"' if c in numeric else "" for c in columns}
-    head = "".join(f"<th{align[c]}>{escape(c)}</th>" for c in columns)
-    lines = ["".join(f"<td{align[c]}>{_cell(row.get(c))}</td>" for c in columns) for row in rows]
-    return (
-        f'<div class="scroll"><table><tr>{head}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else ""
-    return escape(value if isinstance(value, str) else str(value))
 
 
 def _footer() -> str:

@@ -36,6 +36,11 @@ class StageSummary:
         return str(end["status"]) if end else "running or killed"
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Is the loss a next-token loss, of so many nats a token?"""
+        return not any("accuracy" in record for record in self.metrics[:1])
+
+    @property
     def steps(self) -> int:
         """Steps with a record."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
@@ -67,10 +72,14 @@ class StageSummary:
         return sum(values) / len(values) if values else None
 
     def validation(self) -> dict[str, tuple[list[int], list[float | None]]]:
-        """Validation loss (nats a token) by source: {source: (steps, losses)}."""
+        """Validation loss (nats a token) by source: {source: (steps, losses)}. Stages without such a loss (PPO) draw
+        figures of their own.
+        """
         curves: dict[str, tuple[list[int], list[float | None]]] = {}
         for record in self.metrics:
             for source, measured in (record.get("validation") or {}).items():
+                if not isinstance(measured, dict) or "loss" not in measured:
+                    continue
                 steps, losses = curves.setdefault(source, ([], []))
                 steps.append(record["step"])
                 losses.append(measured["loss"])
@@ -85,11 +94,11 @@ class StageSummary:
         return [record for record in self.metrics if record.get("applied") is False]
 
 
-def read_stage(path: Path) -> StageSummary:
-    """Read a stage's run directory."""
+def read_stage(path: Path, name: str | None = None) -> StageSummary:
+    """Read a stage's run directory; `name`: what to call it, by default as the directory is called."""
     run = RunDirectory(path)
     stage = StageSummary(
-        name=path.name,
+        name=name or path.name,
         metrics=read_records(run.metrics),
         timing=read_records(run.timing),
         starts=read_provenance(run)["starts"],
@@ -118,17 +127,39 @@ def _read_sentences(path: Path, problems: list[str]) -> list[str]:
 
 
 def figure_fault(figure: Any) -> str | None:
-    """What keeps `figure` from being {"title", "x_label", "y_label", "series": [{"label", "x", "y"}]}, or None."""
+    """What keeps `figure` from being one that the report shows, or None. It has a title and at least one of
+
+    series    with x_label and y_label: [{"label", "x", "y"}]
+    heat_map  {"x_label", "y_label", "x", "y", "values": [y][x] in 0..1 or null}
+    rows      a table: objects with the same keys
+    """
     if not isinstance(figure, dict):
         return "it is not an object"
-    missing = [key for key in ("title", "x_label", "y_label", "series") if key not in figure]
+    if "title" not in figure:
+        return "it has no title"
+    if not {"series", "heat_map", "rows"} & figure.keys():
+        return "it has no series"
+    if "heat_map" in figure:
+        return _heat_map_fault(figure["heat_map"])
+    missing = [key for key in ("x_label", "y_label") if "series" in figure and key not in figure]
     if missing:
         return f"it has no {missing[0]}"
-    for line in figure["series"]:
+    for line in figure.get("series", []):
         if not isinstance(line, dict) or not {"label", "x", "y"} <= line.keys():
             return "a series lacks label, x or y"
         if len(line["x"]) != len(line["y"]):
             return f"series {line['label']!r} has {len(line['x'])} x and {len(line['y'])} y"
+    if not all(isinstance(row, dict) for row in figure.get("rows", [])):
+        return "a row of its table is no object"
+    return None
+
+
+def _heat_map_fault(heat_map: Any) -> str | None:
+    keys = {"x_label", "y_label", "x", "y", "values"}
+    if not isinstance(heat_map, dict) or not keys <= heat_map.keys():
+        return f"its heat_map lacks one of {', '.join(sorted(keys))}"
+    if [len(row) for row in heat_map["values"]] != [len(heat_map["x"])] * len(heat_map["y"]):
+        return f"its heat_map has no {len(heat_map['y'])} rows of {len(heat_map['x'])} values"
     return None
 
 

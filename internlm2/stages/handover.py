@@ -6,6 +6,8 @@ from pathlib import Path
 
 from internlm2.config import Config, ConfigError, ModelConfig
 from internlm2.data.tokenizer import Tokenizer, load_tokenizer
+from internlm2.model.layouts import REWARD_HEAD
+from internlm2.model.scalar import ScalarModel, load_scalar_weights
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import Weights, load_weights, open_weights
 
@@ -50,10 +52,19 @@ def check(source: Path, config: Config, tokenizer: Tokenizer) -> tuple[Weights, 
     return weights, rows + _compare_values(weights.config, config.model)
 
 
-def load(model: CausalLM, source: Path, config: Config, tokenizer: Tokenizer) -> list[Inherited]:
-    """Load the weights at `source` into `model`; returns the table, which is also printed."""
+def load(model: CausalLM | ScalarModel, source: Path, config: Config, tokenizer: Tokenizer) -> list[Inherited]:
+    """Load the weights at `source` into `model`; returns the table, which is also printed.
+
+    A ScalarModel takes the head that the weights bring, or a new one drawn from `config.seed`.
+    """
     weights, table = check(source, config, tokenizer)
-    load_weights(model, weights, str(source))
+    if isinstance(model, ScalarModel):
+        has_head = REWARD_HEAD in weights.dtypes
+        load_scalar_weights(model, weights, str(source), None if has_head else config.seed)
+        drawn = f"random, seed {config.seed}"
+        table.append(Inherited("v_head", "there" if has_head else "none", "there" if has_head else drawn, "one output"))
+    else:
+        load_weights(model, weights, str(source))
     for row in table:
         value = row.used if row.inherited == row.used else f"{row.inherited} -> {row.used}"
         log.info("hand-over: %-30s %s (%s)", row.key, value, row.note)
@@ -69,7 +80,13 @@ def _compare_tokenizers(folder: Path | None, tokenizer: Tokenizer, config: Confi
     ours = tokenizer.fingerprint[:12]
     if folder is None:
         return Inherited("tokenizer", "unknown", ours, "the source has no tokenizer to compare with")
-    theirs = load_tokenizer(folder).fingerprint[:12]
+    given = load_tokenizer(folder)
+    theirs = given.fingerprint[:12]
+    added = ", ".join(sorted(tokenizer.aliases.keys() - given.aliases.keys()))
+    same_file = load_tokenizer(folder, tokenizer.aliases).fingerprint == tokenizer.fingerprint
+    if added and same_file and given.aliases.items() <= tokenizer.aliases.items():
+        # A spare piece that became a marker changes no id of a text.
+        return Inherited("tokenizer", theirs, ours, f"same file, with {added}")
     if theirs != ours:
         raise ConfigError(
             f"init_from={config.init_from}: the tokenizer in {folder} is another one than that of "

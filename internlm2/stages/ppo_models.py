@@ -179,9 +179,9 @@ def _frozen(model: nn.Module, config: Config, name: str) -> nn.Module:
 def _reward_model(
     config: Config, source: Path, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[RewardFunction, nn.Module]:
-    from internlm2.rlhf.scoring import RewardModel
+    from internlm2.rlhf.scoring import RewardScorer
 
-    loaded = RewardModel.load(source, device=device, dtype=DTYPES[config.engine.dtype])
+    loaded = RewardScorer.load(source, device=device, dtype=DTYPES[config.engine.dtype])
     module = _frozen(loaded.model, config, "reward model")
     return ModelReward(cast(ConversationScorer, loaded)), module
 

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -23,6 +23,7 @@ from internlm2.engine.build import place_of_new_model
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.held_out import HeldOut
 from internlm2.generation.build import describe_generation
+from internlm2.model.scalar import ScalarModel
 from internlm2.model.transformer import CausalLM
 from internlm2.ops.attention import describe_backend
 from internlm2.run.directory import RunDirectory
@@ -80,8 +81,15 @@ def open_stream(settings: DataConfig, corpus: Corpus, weights: dict[str, float],
     )
 
 
-def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory) -> CausalLM:
-    """Random or inherited weights, in fp32 until the engine casts them; writes handover.json."""
+Model = TypeVar("Model", CausalLM, ScalarModel)
+
+
+def start_model(
+    kind: type[Model], config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory
+) -> Model:
+    """A CausalLM or ScalarModel with random or inherited weights, in fp32 until the engine casts them; writes
+    handover.json.
+    """
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
     try:
         log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
@@ -89,7 +97,7 @@ def start_model(config: Config, device: torch.device, tokenizer: Tokenizer, dire
     except ValueError as error:
         raise ConfigError(f"engine.attention={engine.attention}: {error}") from error
     source = initial_weights(config)
-    model = CausalLM.from_config(
+    model = kind.from_config(
         config.model,
         device=place_of_new_model(engine, device),
         attention=engine.attention,

@@ -17,6 +17,7 @@ from internlm2.engine.base import LossSum
 from internlm2.engine.build import build_engine, prepare_device
 from internlm2.engine.single import DTYPES
 from internlm2.model.export import export_weights
+from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import open_weights
 from internlm2.run.directory import RunDirectory
 from internlm2.stages import handover
@@ -36,7 +37,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     if source is not None and config.validate.compare_with_init:
         handover.check(source, config, data.tokenizer)
         context.measure_start(source, device, dtype, config.engine.attention)
-    model = start_model(config, device, data.tokenizer, directory)
+    model = start_model(CausalLM, config, device, data.tokenizer, directory)
     engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
 
     job, stop = run_job(

@@ -21,12 +21,12 @@ from internlm2.run.provenance import record_end
 from internlm2.run.ranks import from_environment
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.run.stage_summary import read_stage
-from internlm2.stages import ppo, pretrain, sft
+from internlm2.stages import ppo, pretrain, reward, sft
 from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
 
-STAGES = {"pretrain": pretrain.run, "sft": sft.run, "ppo": ppo.run}
+STAGES = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
 
 
 def run_stages(configs: Sequence[Config]) -> None:

@@ -32,7 +32,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     """One stage: build, resume, train, finish. Returns the exit code: 0, or 128 + the signal that stopped it."""
     device = prepare_device(config.engine)
     data = load_data(config, directory, console)
-    model = start_model(config, device, data.tokenizer, directory)
+    model = start_model(CausalLM, config, device, data.tokenizer, directory)
     first_start = not list(directory.samples.glob("*.txt"))
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":

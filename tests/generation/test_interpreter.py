@@ -27,16 +27,16 @@ def test_code_is_taken_out_of_its_fence():
     assert code_of("```python\nprint(3)") == "print(3)"
 
 
-def test_time_is_limited_with_all_that_was_started(tmp_path):
-    note = tmp_path / "child"
+def test_time_is_limited_with_all_that_was_started():
     code = (
         "import subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))\n"
+        "print(child.pid, flush=True)\n"
         "while True: pass"
     )
-    assert run_python(code, Limits(seconds=5.0)) == "[stopped after 5 seconds]"
-    status = Path(f"/proc/{note.read_text()}/stat")
+    child, note = run_python(code, Limits(seconds=5.0)).split("\n")
+    assert note == "[stopped after 5 seconds]"
+    status = Path(f"/proc/{child}/stat")
     deadline = time.monotonic() + 10.0  # a signal is sent at once and acted on when the process runs next
     while _runs(status) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -63,20 +63,24 @@ def test_output_is_limited():
 def test_works_in_a_folder_of_its_own_without_our_environment(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "abc")
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    code = "import os\nopen('file', 'w').write('x')\nprint(os.listdir(), os.environ.get('SECRET_TOKEN'), os.getcwd())"
+    code = (
+        "import os\nopen('file', 'w').write('x')\n"
+        "print(sorted(os.listdir()), os.environ.get('SECRET_TOKEN'), os.getcwd())"
+    )
     listing, folder = run_python(code).rsplit(" ", 1)
-    assert listing == "['file'] None"
+    assert listing == "['file', 'program.py'] None"
     assert not os.path.exists(folder)
 
 
 def test_there_is_no_network():
-    if not network_cut():
+    if network_cut() is None:
         pytest.skip("this system does not permit unshare")
     server = socket.create_server(("127.0.0.1", 0))
     accepted = []
     threading.Thread(target=lambda: accepted.append(server.accept()), daemon=True).start()
     port = server.getsockname()[1]
     code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 3)\nprint('connected')"
-    assert "OSError" in run_python(code) or "Network is unreachable" in run_python(code)
+    said = run_python(code)
+    assert "OSError" in said or "PermissionError" in said
     assert accepted == []
     server.close()

@@ -4,12 +4,15 @@ The weights differ from Llama's in names and in wqkv, whose rows are, for each k
 key, its value. The mapping below splits it while loading and fuses it again in save_pretrained, bit for bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, LlamaModel
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from internlm2.model.huggingface.configuration_internlm2 import InternLM2Config
 
@@ -62,6 +65,54 @@ class InternLM2Model(LlamaModel):
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
     config_class = InternLM2Config
+
+
+class InternLM2ForRewardModel(LlamaPreTrainedModel):
+    """One score for each sequence: the output of `v_head` at its last token, which must be the reward token.
+
+    Which token is the last follows from the attention mask, never from ids, so that the side of the padding and a pad
+    id that is also the end id change nothing.
+    """
+
+    config_class = InternLM2Config
+
+    def __init__(self, config: InternLM2Config) -> None:
+        super().__init__(config)
+        self.model = InternLM2Model(config)
+        self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.reward_token_id = getattr(config, "reward_token_id", None)
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutputWithPast:
+        """input_ids [B, T], attention_mask [B, T] (1: a token) -> logits [B, 1] float32."""
+        kwargs.setdefault("use_cache", False)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        values = nn.functional.linear(hidden.float(), self.v_head.weight.float()).squeeze(-1)
+        if attention_mask is None:
+            last = torch.full((len(values),), values.shape[1] - 1, device=values.device)
+        else:
+            last = (attention_mask.cumsum(dim=1) * attention_mask).argmax(dim=1)
+        return SequenceClassifierOutputWithPast(logits=values.gather(1, last[:, None]))
+
+    @torch.no_grad()
+    def get_score(self, tokenizer: Any, conversation: Sequence[dict[str, str]]) -> float:
+        """The score of one conversation, as [{"role", "content"}]. A conditional model expects its condition as the
+        first system turn (reward.json in the model's folder).
+        """
+        ids = tokenizer.apply_chat_template(list(conversation), tokenize=True, return_dict=False)
+        if ids[-1] != self.reward_token_id:
+            ids.append(self.reward_token_id)
+        return float(self(torch.tensor([ids], device=self.device)).logits)
+
+    def get_scores(self, tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[float]:
+        """The scores of several conversations."""
+        return [self.get_score(tokenizer, conversation) for conversation in conversations]
+
+    def compare(self, tokenizer: Any, first: Sequence[dict[str, str]], second: Sequence[dict[str, str]]) -> bool:
+        """Does the first conversation score higher?"""
+        return self.get_score(tokenizer, first) > self.get_score(tokenizer, second)
 
 
 register_checkpoint_conversion_mapping(
