@@ -30,6 +30,11 @@ def main(composed: DictConfig) -> None:
         if configs[0].plan:
             print_plans(configs)
             return
+        if configs[0].dry_run:
+            from internlm2.dry_run.run import dry_run
+
+            dry_run(configs)
+            return
         from internlm2.data.sources import check_sources
 
         for config in configs:

@@ -15,7 +15,7 @@ FLOORS = [
     {"data", "engine", "generation"},
     {"rlhf", "evaluate"},
     {"stages"},
-    {"convert", "chat", "launch"},
+    {"convert", "chat", "launch", "dry_run"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
