@@ -99,13 +99,16 @@ def build_cpu(target: Path) -> None:
             return None
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        bindings = pool.submit(compile_object, [*base, *include], source / "bindings.cpp", "cpu_bindings")
+        hosts = ("bindings", "generation_bindings", "team")
+        bindings = [
+            pool.submit(compile_object, [*base, *include], source / f"{name}.cpp", f"cpu_{name}") for name in hosts
+        ]
         objects = dict(zip(sets, pool.map(compile_set, sets), strict=True))
         built = {name: path for name, path in objects.items() if path is not None}
         have = [f"-DINTERNLM2_HAVE_{name}" for name in built]
         dispatch = compile_object([*base, *have], source / "dispatch.cpp", "cpu_dispatch")
     # The portable object comes first: should two objects share an inline function, the linker keeps the first.
-    objects_in_order = [bindings.result(), dispatch, *built.values()]
+    objects_in_order = [*(job.result() for job in bindings), dispatch, *built.values()]
     link = [*compiler(), "-shared", "-o", str(target), *map(str, objects_in_order), *libraries, "-ltorch_cpu", "-lm"]
     run(link)
 

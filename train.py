@@ -56,8 +56,8 @@ def fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
-    try:
-        with ending_at_once():
+    with ending_at_once():
+        try:
             main()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(error)
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(error)

@@ -54,16 +54,24 @@ class Forked:
     def wait(self, seconds: float = 120.0) -> list[int]:
         """Exit code of each rank, or minus the signal that ended it. Kills what is left after `seconds`."""
         deadline = time.monotonic() + seconds
-        while len(self.codes) < len(self.pids):
-            for pid in self.pids:
-                if pid not in self.codes:
-                    ended, status = os.waitpid(pid, os.WNOHANG)
-                    if ended:
-                        self.codes[pid] = os.waitstatus_to_exitcode(status)
+        while len(self.poll()) < len(self.pids):
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.002)
         return [self.codes[pid] for pid in self.pids]
+
+    def poll(self) -> dict[int, int]:
+        """Exit codes, by process, of the ranks that have ended."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return self.codes
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.pids[rank], number)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to every rank that is still there."""
@@ -76,7 +84,7 @@ class Forked:
         codes = self.wait(seconds)
         if any(codes):
             told = [f"rank {rank}: {file.read_text()}" for rank, file in self._files("error") if file.exists()]
-            raise RankFailed(f"exit codes {codes}\n" + "\n".join(told))
+            raise RankFailed(f"exit codes {codes}\n" + "\n".join(told[:3]))
         return [torch.load(file, weights_only=True) for _, file in self._files("pt")]
 
     def _files(self, suffix: str) -> list[tuple[int, Path]]:

@@ -44,6 +44,45 @@ struct DecodeAttention {
   Parallel parallel;
 };
 
+// y = x W' with W packed for products with few rows or many: panels of 64 outputs, padded with zeros; in a panel, for each
+// lane of 32 bits along the inputs (a float, or two neighbouring bfloat16), the 64 outputs' lanes side by side.
+constexpr int64_t PACKED_COLUMNS = 64;
+struct PackedWeight {
+  void* packed;  // [ceil(outputs / 64)][lanes of a row][64] lanes
+  int64_t outputs, inputs;
+
+  int64_t panels() const { return (outputs + PACKED_COLUMNS - 1) / PACKED_COLUMNS; }
+};
+
+struct PackWeight {
+  Dtype dtype;
+  PackedWeight weight;
+  const void* source;  // [outputs, inputs], inputs contiguous
+  int64_t row_stride;
+  Parallel parallel;
+};
+
+struct PackedLinear {
+  Dtype dtype;
+  PackedWeight weight;
+  const void* x;  // [rows, inputs], contiguous
+  int64_t rows;
+  void* y;  // [rows, outputs]
+  int threads;
+  Parallel parallel;
+};
+
+struct DrawTokens {
+  Dtype dtype;
+  const void* logits;  // [rows, size], contiguous
+  int64_t rows, size;
+  const float* temperatures;  // [rows]; 0 takes the most likely token
+  const double* uniforms;     // [rows] in [0, 1)
+  int64_t* tokens;
+  float *logprobs, *sampling_logprobs;  // [rows] natural
+  Parallel parallel;
+};
+
 struct FewRowsLinear {
   const void* x;       // [rows, inputs] bfloat16, contiguous
   const void* weight;  // [outputs, inputs] bfloat16, inputs contiguous

@@ -52,4 +52,35 @@ struct QuantizedLinear {
   Parallel parallel;
 };
 
+// A linear layer of the decoder: packed (arguments.h), or quantised where `packed` is null.
+struct DecoderWeight {
+  PackedWeight packed;
+  QuantizedWeight quantized;
+};
+
+// One layer: x + wo(attention(norm(x))), then x + down(silu(gate) * up) of the second norm. Norms are [C] in the dtype.
+struct DecoderLayer {
+  const void *attention_norm, *ffn_norm;
+  DecoderWeight wqkv, wo, gate_up, down;  // gate_up: the gate's outputs, then those of up
+  void* cache;                            // [slots, G, 2, L, D] rotated keys, then values
+};
+
+// The next token of each of the first B slots through all layers. C hidden size, F intermediate size.
+struct DecodeStep {
+  Dtype dtype;
+  int64_t rows, hidden, groups, queries, dim, intermediate, capacity, layers;
+  const DecoderLayer* layer;  // [layers]
+  const void* norm;           // [C], after the last layer
+  const void* x;              // [B, C] embeddings
+  const float* cos;           // [P, D / 2], and sin: angle tables
+  const float* sin;
+  const int32_t* table_offsets;  // [B] first row of each slot's table, or null
+  int32_t* lengths;              // [B] tokens in the cache; each grows by one
+  float eps;
+  int64_t act_bits;  // of the activations that meet quantised weights
+  void* out;         // [B, C]
+  int threads;
+  Parallel parallel;
+};
+
 }  // namespace internlm2

@@ -1,62 +1,21 @@
 // The CPU kernels as torch operators, on torch's stable ABI: no Python.h, so one binary serves every Python and torch >= 2.10.
 // Every argument is checked here before memory is touched. Schemas live in internlm2/ops/schemas.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
+#include "team.h"
 
 namespace {
 
-using internlm2::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace internlm2;
 
-void parallel(int64_t items, void* context, void (*body)(void*, int64_t)) {
-  const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < items; i++) body(context, i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; slot++)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(context, i);
-  });
-}
-
-std::string shape(const Tensor& x) {
-  std::string text = "[";
-  for (int64_t i = 0; i < x.dim(); i++) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + "]";
-}
-
-Dtype float_dtype(const char* name, const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, name, " must be bfloat16 or float32.");
-  return type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
-}
-
-void check_head_dim(const char* name, int64_t dim) {
-  STD_TORCH_CHECK(dim % 16 == 0 && dim > 0 && dim <= 256, name, ": head_dim must be a multiple of 16 up to 256, got ", dim,
-                  ".");
-}
-
-void check_plain(const char* name, const Tensor& x, ScalarType type, const char* type_name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.is_contiguous(), name, " must be a contiguous ", type_name,
-                  " CPU tensor.");
-}
-
-internlm2::RopeAttention rope_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens,
+RopeAttention rope_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens,
                                         const std::optional<Tensor>& table_offsets, int64_t max_seqlen, double scale) {
-  internlm2::RopeAttention a{};
+  RopeAttention a{};
   STD_TORCH_CHECK(qkv.is_cpu() && qkv.dim() == 4 && qkv.size(2) >= 3,
                   "rope_attention: qkv must be [tokens, kv_heads, queries + 2, head_dim] on the CPU, got ", shape(qkv), ".");
   a.dtype = float_dtype("rope_attention: qkv", qkv);
@@ -101,18 +60,18 @@ internlm2::RopeAttention rope_arguments(const Tensor& qkv, const Tensor& cos, co
 
 std::tuple<Tensor, Tensor> rope_attention_forward(Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens,
                                                   std::optional<Tensor> table_offsets, int64_t max_seqlen, double scale) {
-  internlm2::RopeAttention a = rope_arguments(qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen, scale);
+  RopeAttention a = rope_arguments(qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen, scale);
   Tensor out = torch::stable::new_empty(qkv, {a.tokens, a.groups * a.queries, a.dim});
   Tensor lse = torch::stable::new_empty(qkv, {a.groups * a.queries, a.tokens}, ScalarType::Float);
   a.out = out.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
-  internlm2::kernels().rope_attention_forward(a);
+  kernels().rope_attention_forward(a);
   return {out, lse};
 }
 
 Tensor rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cos, Tensor sin, Tensor cu_seqlens,
                                std::optional<Tensor> table_offsets, int64_t max_seqlen, double scale) {
-  internlm2::RopeAttention a = rope_arguments(qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen, scale);
+  RopeAttention a = rope_arguments(qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen, scale);
   const int64_t heads = a.groups * a.queries;
   for (const auto& [name, x] : {std::pair<const char*, const Tensor&>{"grad_out", grad_out}, {"out", out}})
     STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == qkv.scalar_type() && x.dim() == 3 &&
@@ -127,12 +86,12 @@ Tensor rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor l
   a.lse = static_cast<float*>(lse.data_ptr());
   a.grad_out = grad_out.data_ptr();
   a.grad_qkv = grad_qkv.data_ptr();
-  internlm2::kernels().rope_attention_backward(a);
+  kernels().rope_attention_backward(a);
   return grad_qkv;
 }
 
 Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, double scale) {
-  internlm2::DecodeAttention a{};
+  DecodeAttention a{};
   STD_TORCH_CHECK(q.is_cpu() && q.dim() == 3 && q.is_contiguous(),
                   "decode_attention: q must be a contiguous [batch, heads, head_dim] on the CPU, got ", shape(q), ".");
   a.dtype = float_dtype("decode_attention: q", q);
@@ -160,31 +119,8 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths
   a.scale = (float)scale;
   a.threads = (int)torch::stable::get_num_threads();
   a.parallel = parallel;
-  internlm2::kernels().decode_attention(a);
+  kernels().decode_attention(a);
   return out;
-}
-
-void check_bits(const char* name, int64_t bits) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, name, ": bits must be 4 or 8, got ", bits, ".");
-}
-
-internlm2::QuantizedWeight quantized_weight(const char* name, const Tensor& packed, const Tensor& scales, const Tensor& zeros,
-                                            int64_t bits, int64_t out_features, int64_t in_features) {
-  check_bits(name, bits);
-  internlm2::QuantizedWeight w{nullptr, nullptr, nullptr, bits, out_features, in_features};
-  STD_TORCH_CHECK(out_features > 0 && in_features > 0, name, ": the weight must not be empty.");
-  check_plain((std::string(name) + ": packed").c_str(), packed, ScalarType::Byte, "uint8");
-  check_plain((std::string(name) + ": scales").c_str(), scales, ScalarType::BFloat16, "bfloat16");
-  check_plain((std::string(name) + ": zeros").c_str(), zeros, ScalarType::Byte, "uint8");
-  const bool fits = packed.dim() == 3 && packed.size(0) == w.tiles() && packed.size(1) == w.groups() &&
-                    packed.size(2) == internlm2::quantized_bytes(bits) && scales.numel() == w.tiles() * w.groups() * 16 &&
-                    (zeros.numel() == 0 || zeros.numel() == scales.numel());
-  STD_TORCH_CHECK(fits, name, ": packed ", shape(packed), ", scales ", shape(scales), " and zeros ", shape(zeros),
-                  " are not a weight of ", out_features, " x ", in_features, " in ", bits, " bits.");
-  w.packed = static_cast<uint8_t*>(packed.data_ptr());
-  w.scales = static_cast<uint16_t*>(scales.data_ptr());
-  w.zeros = zeros.numel() ? static_cast<uint8_t*>(zeros.data_ptr()) : nullptr;
-  return w;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor weight, int64_t bits, bool symmetric) {
@@ -192,11 +128,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor weight, int64_t bits, 
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && weight.stride(1) == 1,
                   "quantize_weight: the weight must be [out_features, in_features] on the CPU with contiguous rows, got ",
                   shape(weight), ".");
-  internlm2::Quantize a{};
+  Quantize a{};
   a.dtype = float_dtype("quantize_weight: the weight", weight);
   a.weight = {nullptr, nullptr, nullptr, bits, weight.size(0), weight.size(1)};
   const int64_t tiles = a.weight.tiles(), groups = a.weight.groups();
-  Tensor packed = torch::stable::new_empty(weight, {tiles, groups, internlm2::quantized_bytes(bits)}, ScalarType::Byte);
+  Tensor packed = torch::stable::new_empty(weight, {tiles, groups, quantized_bytes(bits)}, ScalarType::Byte);
   Tensor scales = torch::stable::new_empty(weight, {tiles, groups, 16}, ScalarType::BFloat16);
   Tensor zeros = symmetric ? torch::stable::new_empty(weight, {0}, ScalarType::Byte)
                            : torch::stable::new_empty(weight, {tiles, groups, 16}, ScalarType::Byte);
@@ -206,25 +142,25 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor weight, int64_t bits, 
   a.source = weight.data_ptr();
   a.row_stride = weight.stride(0);
   a.parallel = parallel;
-  internlm2::kernels().quantize(a);
+  kernels().quantize(a);
   return {packed, scales, zeros};
 }
 
 Tensor dequantize_weight(Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t out_features, int64_t in_features,
                          bool wide) {
-  internlm2::Quantize a{};
+  Quantize a{};
   a.weight = quantized_weight("dequantize_weight", packed, scales, zeros, bits, out_features, in_features);
   a.dtype = wide ? Dtype::float32 : Dtype::bfloat16;
   Tensor target = torch::stable::new_empty(scales, {out_features, in_features}, wide ? ScalarType::Float : ScalarType::BFloat16);
   a.target = target.data_ptr();
   a.parallel = parallel;
-  internlm2::kernels().dequantize(a);
+  kernels().dequantize(a);
   return target;
 }
 
 Tensor quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, int64_t bits, int64_t out_features,
                         int64_t in_features, int64_t act_bits) {
-  internlm2::QuantizedLinear a{};
+  QuantizedLinear a{};
   a.weight = quantized_weight("quantized_linear", packed, scales, zeros, bits, out_features, in_features);
   STD_TORCH_CHECK(act_bits == 8 || act_bits == 16, "quantized_linear: act_bits must be 8 or 16, got ", act_bits, ".");
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() >= 1 && x.size(x.dim() - 1) == in_features,
@@ -240,7 +176,7 @@ Tensor quantized_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros, in
   a.y = y.data_ptr();
   a.threads = (int)torch::stable::get_num_threads();
   a.parallel = parallel;
-  if (a.rows > 0) internlm2::kernels().quantized_linear(a);
+  if (a.rows > 0) kernels().quantized_linear(a);
   return y;
 }
 
@@ -254,9 +190,9 @@ Tensor few_rows_linear(Tensor x, Tensor weight) {
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = weight.size(0);
   Tensor y = torch::stable::new_empty(x, size);
-  internlm2::FewRowsLinear a{x.data_ptr(),   weight.data_ptr(), weight.stride(0), x.numel() / weight.size(1),
+  FewRowsLinear a{x.data_ptr(),   weight.data_ptr(), weight.stride(0), x.numel() / weight.size(1),
                              weight.size(1), weight.size(0),    y.data_ptr(),     parallel};
-  internlm2::kernels().few_rows_linear(a);
+  kernels().few_rows_linear(a);
   return y;
 }
 

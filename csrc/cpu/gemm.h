@@ -13,15 +13,18 @@ struct Float32Engine {
   static inline Floats multiply_add(Floats c, Words b, Lane a) { return c + (Floats)b * (Floats)splat_lane(a); }
 };
 
-#if defined(__AVX512BF16__)
 struct BFloat16Engine {
   using Element = bfloat16;
   static constexpr int PER_LANE = 2;
   static inline Floats multiply_add(Floats c, Words b, Lane a) {
+#if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)splat_lane(a));
+#else
+    c += (Floats)(b << 16) * (Floats)splat_lane(a << 16);
+    return c + (Floats)(b & 0xffff0000u) * (Floats)splat_lane(a & 0xffff0000u);
+#endif
   }
 };
-#endif
 
 // 24 accumulators of the 32 registers with AVX-512, 12 of 16 elsewhere.
 constexpr int TILE_ROWS = 6;

@@ -2,7 +2,10 @@
 #include "kernels.h"
 
 #include "decode_attention.h"
+#include "decode_step.h"
+#include "draw_tokens.h"
 #include "few_rows_linear.h"
+#include "packed_linear.h"
 #include "quantized_linear.h"
 #include "rope_attention_backward.h"
 #include "rope_attention_forward.h"
@@ -50,11 +53,28 @@ void linear(const QuantizedLinear& a) {
 
 void few_rows_linear(const FewRowsLinear& a) { FewRowsLinearKernel<bfloat16>(a).run(); }
 
+void pack(const PackWeight& a) {
+  a.dtype == Dtype::bfloat16 ? pack_weight<BFloat16Engine>(a) : pack_weight<Float32Engine>(a);
+}
+
+void packed_linear(const PackedLinear& a) {
+  a.dtype == Dtype::bfloat16 ? PackedLinearKernel<BFloat16Engine>(a).run() : PackedLinearKernel<Float32Engine>(a).run();
+}
+
+void decode_step(const DecodeStep& a) {
+  a.dtype == Dtype::bfloat16 ? DecodeStepKernel<BFloat16Engine>(a).run() : DecodeStepKernel<Float32Engine>(a).run();
+}
+
+void draw_tokens(const DrawTokens& a) {
+  a.dtype == Dtype::bfloat16 ? DrawTokensKernel<bfloat16>(a).run() : DrawTokensKernel<float>(a).run();
+}
+
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     INTERNLM2_NAME(INTERNLM2_ISA), rope_attention_forward, rope_attention_backward, decode_attention,
-    quantize_weight,               dequantize_weight,      linear,                  few_rows_linear};
+    quantize_weight,               dequantize_weight,      linear,                  few_rows_linear,
+    pack,                          packed_linear,          decode_step,             draw_tokens};
 
 }  // namespace internlm2::INTERNLM2_ISA

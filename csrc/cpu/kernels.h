@@ -15,6 +15,10 @@ struct Kernels {
   void (*dequantize)(const Quantize&);
   void (*quantized_linear)(const QuantizedLinear&);
   void (*few_rows_linear)(const FewRowsLinear&);
+  void (*pack_weight)(const PackWeight&);
+  void (*packed_linear)(const PackedLinear&);
+  void (*decode_step)(const DecodeStep&);
+  void (*draw_tokens)(const DrawTokens&);
 };
 
 // The widest table that this processor runs; INTERNLM2_CPU_ISA names another one (tests run them all).

@@ -45,19 +45,27 @@ static inline float quantize_group(const float* x, int8_t* codes, int32_t* code_
     poison += v * 0.f;
   }
   const float top = maximum(largest), inverse = top > 0.f ? 127.f / top : 0.f;
+#if defined(__AVX512F__)
+  __m512i total = _mm512_setzero_si512();
+#else
   int32_t total = 0;
+#endif
   for (int64_t i = 0; i < GROUP; i += WIDTH) {
     // Clamped before it is rounded: else the compiler may fuse the product into the rounding's addition, and ties differ.
     const Floats code = round_even(clamp(widen(x + i) * inverse, -127.f, 127.f));
 #if defined(__AVX512F__)
     const __m512i whole = _mm512_cvtps_epi32((__m512)code);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(whole));
-    total += _mm512_reduce_add_epi32(whole);
+    total = _mm512_add_epi32(total, whole);
 #else
     for (int64_t l = 0; l < WIDTH; l++) total += codes[i + l] = (int8_t)(int)code[l];
 #endif
   }
+#if defined(__AVX512F__)
+  *code_sum = _mm512_reduce_add_epi32(total);
+#else
   *code_sum = total;
+#endif
   return top / 127.f + sum(poison);
 }
 
@@ -180,11 +188,17 @@ struct Correction {
   }
 };
 
+// sums += unsigned codes times signed ones. Assembly, because compilers copy the sums around.
+static inline __attribute__((always_inline)) __m512i add_products(__m512i sums, __m512i codes, __m512i act) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(act));
+  return sums;
+}
+
 // ROWS tokens by TILES tiles of 16 channels.
 template <class T, int BITS, int ACT_BITS, bool SYMMETRIC, int ROWS, int TILES>
 class Block {
   static constexpr int64_t INPUTS = BITS == 4 ? 8 : 4, BLOCKS = GROUP / INPUTS;  // inputs of a 64-byte block
-  // A few accumulators would wait for each other's latency: odd blocks get their own.
+  // A few accumulators would wait for each other's latency: neighbouring blocks get their own.
   static constexpr int CHAINS = ROWS * TILES <= 4 ? 2 : 1;
   static constexpr int64_t AHEAD = ROWS * TILES <= 2 ? 4096 : 2048;
 
@@ -218,37 +232,47 @@ class Block {
 
   static inline __attribute__((always_inline)) void integer_sums(
       const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t row, int64_t g, __m512 (&out)[ROWS][TILES]) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i sums[CHAINS][ROWS][TILES];
+    __m512i sums[ROWS][TILES], others[ROWS][TILES];
     for (int m = 0; m < ROWS; m++) {
       // Starting from -zero * sum makes the implicit zero point free.
       const int32_t start = SYMMETRIC ? -(BITS == 4 ? 8 : 128) * x.code_sums[(row + m) * x.groups + g] : 0;
-      for (int n = 0; n < TILES; n++) {
-        sums[0][m][n] = _mm512_set1_epi32(start);
-        if (CHAINS == 2) sums[CHAINS - 1][m][n] = _mm512_setzero_si512();
-      }
+      for (int n = 0; n < TILES; n++) sums[m][n] = _mm512_set1_epi32(start), others[m][n] = _mm512_setzero_si512();
     }
-#pragma GCC unroll 2
-    for (int64_t b = 0; b < BLOCKS; b++) {
-      constexpr int PARTS = BITS == 4 ? 2 : 1;
-      __m512i part[PARTS][TILES];
-      for (int n = 0; n < TILES; n++) {
-        const __m512i word = _mm512_loadu_si512(codes(w, tile + n, g, b));
-        part[0][n] = BITS == 4 ? _mm512_and_si512(word, nibble) : word;
-        if (BITS == 4) part[PARTS - 1][n] = _mm512_and_si512(_mm512_srli_epi16(word, 4), nibble);
-      }
-      for (int p = 0; p < PARTS; p++)
-        for (int m = 0; m < ROWS; m++) {
-          int32_t four;
-          std::memcpy(&four, &x.codes[(g * x.rows + row + m) * GROUP + b * INPUTS + 4 * p], 4);
-          const int chain = CHAINS == 2 ? (PARTS == 2 ? p : b % 2) : 0;
-          for (int n = 0; n < TILES; n++)
-            sums[chain][m][n] = _mm512_dpbusd_epi32(sums[chain][m][n], part[p][n], _mm512_set1_epi32(four));
-        }
+    // The rest of the last group holds zero points, and activations of 0: nothing.
+    const int64_t inputs = least(GROUP, w.in_features - g * GROUP);
+    const int8_t* act = &x.codes[(g * x.rows + row) * GROUP];
+    const uint8_t* p = w.packed + (tile * x.groups + g) * quantized_bytes(BITS);
+    const int64_t next = x.groups * quantized_bytes(BITS);  // tile
+    for (int64_t k = 0; k < inputs; k += 2 * INPUTS, p += 128, act += 2 * INPUTS) {
+      add_block(p, next, act, sums);
+      if constexpr (CHAINS == 2)
+        add_block(p + 64, next, act + INPUTS, others);
+      else
+        add_block(p + 64, next, act + INPUTS, sums);
     }
     for (int m = 0; m < ROWS; m++)
       for (int n = 0; n < TILES; n++)
-        out[m][n] = _mm512_cvtepi32_ps(CHAINS == 2 ? _mm512_add_epi32(sums[0][m][n], sums[CHAINS - 1][m][n]) : sums[0][m][n]);
+        out[m][n] = _mm512_cvtepi32_ps(CHAINS == 2 ? _mm512_add_epi32(sums[m][n], others[m][n]) : sums[m][n]);
+  }
+
+  static inline __attribute__((always_inline)) void add_block(
+      const uint8_t* p, int64_t next, const int8_t* act, __m512i (&sums)[ROWS][TILES]) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int n = 0; n < TILES; n++) _mm_prefetch(reinterpret_cast<const char*>(p + n * next) + AHEAD, _MM_HINT_T0);
+    for (int part = 0; part < (BITS == 4 ? 2 : 1); part++) {
+      __m512i code[TILES];
+      for (int n = 0; n < TILES; n++) {
+        code[n] = _mm512_loadu_si512(p + n * next);  // again for the second part: registers are scarcer than loads
+        if (part) code[n] = _mm512_srli_epi16(code[n], 4);
+        if (BITS == 4) code[n] = _mm512_and_si512(code[n], nibble);
+      }
+      for (int m = 0; m < ROWS; m++) {
+        int32_t four;
+        std::memcpy(&four, act + m * GROUP + 4 * part, 4);
+        const __m512i values = _mm512_set1_epi32(four);
+        for (int n = 0; n < TILES; n++) sums[m][n] = add_products(sums[m][n], code[n], values);
+      }
+    }
   }
 
   static inline __attribute__((always_inline)) void float_sums(
@@ -280,53 +304,118 @@ class Block {
   }
 };
 
+// Accumulators of a block: with int8 a broadcast costs as much as two loads, and so serves four tiles; with bfloat16 what
+// unpacks a tile serves as many rows as there are registers. A chunk of activations stays in L2.
+template <int ACT_BITS>
+struct BlockShape {
+  static constexpr int64_t ROWS = ACT_BITS == 8 ? 6 : 8, TILES = ACT_BITS == 8 ? 4 : 2;
+};
+constexpr int64_t CHUNK = 120, WIDE = 4;  // rows; tiles
+// With more rows and bfloat16 activations, unpacking a weight to bfloat16 once costs less than the scales of each group: then
+// the product is that of dequantize_weight.
+constexpr int64_t MANY_ROWS = 64, MANY_ROWS_CHUNK = 240;
+
+// The p-th pair of inputs in a word, dequantised: lanes of bfloat16.
+template <int BITS>
+static inline __m512i dequantized_pair(__m512i word, int p, __m512 zero, __m512 scale) {
+  constexpr int MASK = BITS == 4 ? 15 : 255;
+  // Pairs come in the order of `prepare`: of a word's 16-bit halves, the p-th code of each.
+  const __m512i low = _mm512_and_si512(_mm512_srli_epi32(word, BITS * p), _mm512_set1_epi32(MASK));
+  const __m512i high = _mm512_and_si512(_mm512_srli_epi32(word, BITS * p + 16), _mm512_set1_epi32(MASK));
+  const __m512 first = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(low), zero), scale);
+  const __m512 second = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(high), zero), scale);
+  alignas(64) static constexpr uint16_t INTERLEAVE[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Many rows by up to WIDE tiles.
+template <class T, int BITS>
+static void unpacked_strip(const QuantizedWeight& w, const Activations& x, int64_t tile, int64_t tiles, int64_t row,
+                           int64_t rows, T* y, int64_t ldy) {
+  constexpr int64_t LANES = GROUP / 2, COLUMNS = WIDE * TILE, PAIRS = BITS == 4 ? 4 : 2;
+  alignas(64) Lane lanes[LANES * COLUMNS];
+  alignas(64) float sums[MANY_ROWS_CHUNK * COLUMNS];
+  std::memset(sums, 0, rows * COLUMNS * sizeof(float));
+  for (int64_t g = 0; g < x.groups; g++) {
+    for (int64_t n = 0; n < tiles; n++) {
+      const int64_t at = (tile + n) * x.groups + g;
+      const uint8_t* p = w.packed + at * quantized_bytes(BITS);
+      const __m512 scale = (__m512)widen(w.scales + at * TILE);
+      __m512 zero = _mm512_set1_ps(BITS == 4 ? 8.f : 128.f);
+      if (w.zeros != nullptr)
+        zero = _mm512_cvtepi32_ps(
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at * TILE))));
+      for (int64_t k = 0; k < LANES; k += PAIRS, p += 64) {
+        const __m512i word = _mm512_loadu_si512(p);
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIRS; i++)
+          _mm512_store_si512(lanes + (k + i) * COLUMNS + n * TILE, dequantized_pair<BITS>(word, i, zero, scale));
+      }
+    }
+    gemm<BFloat16Engine, true>(reinterpret_cast<const Lane*>(&x.values[(g * x.rows + row) * GROUP]), LANES, lanes, COLUMNS,
+                               LANES, sums, COLUMNS, rows, tiles * TILE);
+  }
+  for (int64_t m = 0; m < rows; m++) convert(sums + m * COLUMNS, tiles * TILE, y + m * ldy);
+}
+
 template <class T, int BITS, int ACT_BITS, bool SYMMETRIC>
 static void linear_packed(const QuantizedLinear& a) {
-  constexpr int64_t MOST_ROWS = 8, CHUNK = 120;  // 8 x 2 accumulators; a chunk of activations stays in L2
+  using Shape = BlockShape<ACT_BITS>;
   const QuantizedWeight& w = a.weight;
   Activations x;
   prepare<T>(a, false, x);
-  const int64_t pairs = w.tiles() / 2, odd = w.tiles() % 2, total = pairs + odd, N = w.out_features;
-  const auto rows = [&](int64_t tile, auto tiles, int64_t row, int64_t count, T* y, int64_t ldy) {
-    const auto block = [&](auto n) { Block<T, BITS, ACT_BITS, SYMMETRIC, n(), tiles()>::run(w, x, tile, row, y, ldy); };
+  const bool unpack = ACT_BITS == 16 && a.rows > MANY_ROWS;
+  const int64_t N = w.out_features, strips = (w.tiles() + WIDE - 1) / WIDE;
+  const int64_t chunk = unpack ? MANY_ROWS_CHUNK : CHUNK, most_rows = unpack ? chunk : Shape::ROWS;
+  const auto block = [&](int64_t tile, auto tiles, int64_t row, int64_t count, T* y, int64_t ldy) {
+    const auto run = [&](auto n) { Block<T, BITS, ACT_BITS, SYMMETRIC, n(), tiles()>::run(w, x, tile, row, y, ldy); };
     switch (count) {
-      case 1: return block(std::integral_constant<int, 1>{});
-      case 2: return block(std::integral_constant<int, 2>{});
-      case 3: return block(std::integral_constant<int, 3>{});
-      case 4: return block(std::integral_constant<int, 4>{});
-      case 5: return block(std::integral_constant<int, 5>{});
-      case 6: return block(std::integral_constant<int, 6>{});
-      case 7: return block(std::integral_constant<int, 7>{});
-      default: return block(std::integral_constant<int, 8>{});
+      case 1: return run(std::integral_constant<int, 1>{});
+      case 2: return run(std::integral_constant<int, 2>{});
+      case 3: return run(std::integral_constant<int, 3>{});
+      case 4: return run(std::integral_constant<int, 4>{});
+      case 5: return run(std::integral_constant<int, 5>{});
+      case 6: return run(std::integral_constant<int, 6>{});
     }
+    if constexpr (ACT_BITS == 16)
+      count == 7 ? run(std::integral_constant<int, 7>{}) : run(std::integral_constant<int, 8>{});
+  };
+  const auto strip = [&](int64_t tile, int64_t row, int64_t count) {
+    const int64_t tiles = least(WIDE, w.tiles() - tile), width = least(N - tile * TILE, tiles * TILE);
+    Buffer<T> edge;
+    T *y = static_cast<T*>(a.y) + row * N + tile * TILE, *target = y;
+    int64_t ldy = N;
+    if (width < tiles * TILE) {
+      edge.allocate(count * tiles * TILE);
+      target = edge.get(), ldy = tiles * TILE;
+    }
+    if constexpr (ACT_BITS == 16) {
+      if (unpack) unpacked_strip<T, BITS>(w, x, tile, tiles, row, count, target, ldy);
+    }
+    for (int64_t t = 0; !unpack && t < tiles;)
+      // One stream at a time comes closer to the memory's bandwidth where there is but one row.
+      if (tiles - t >= Shape::TILES && a.rows > 1) {
+        block(tile + t, std::integral_constant<int, Shape::TILES>{}, row, count, target + t * TILE, ldy);
+        t += Shape::TILES;
+      } else {
+        block(tile + t, std::integral_constant<int, 1>{}, row, count, target + t * TILE, ldy);
+        t++;
+      }
+    if (target != y)
+      for (int64_t m = 0; m < count; m++) std::memcpy(y + m * N, target + m * ldy, width * sizeof(T));
   };
   // Some neighbouring tiles an item, so that each thread reads one stream of memory.
-  const int64_t span = most(1, total / (8 * a.threads));
-  for_each(a.parallel, (total + span - 1) / span, [&](int64_t item) {
-    alignas(64) T edge[MOST_ROWS * 2 * TILE];
-    for (int64_t first = 0; first < a.rows; first += CHUNK)
-      for (int64_t t = item * span; t < least(total, (item + 1) * span); t++) {
-        const int64_t tile = 2 * t, column = tile * TILE, width = least(N - column, t < pairs ? 2 * TILE : TILE);
-        const bool whole = width == (t < pairs ? 2 * TILE : TILE);
-        for (int64_t row = first, end = least(a.rows, first + CHUNK); row < end;) {
+  const int64_t span = most(1, strips / (8 * a.threads));
+  for_each(a.parallel, (strips + span - 1) / span, [&](int64_t item) {
+    for (int64_t first = 0; first < a.rows; first += chunk)
+      for (int64_t t = item * span; t < least(strips, (item + 1) * span); t++)
+        for (int64_t row = first, end = least(a.rows, first + chunk); row < end;) {
           const int64_t left = end - row;
-          const int64_t count = left > MOST_ROWS && left < 2 * MOST_ROWS ? (left + 1) / 2 : least(left, MOST_ROWS);
-          T* y = static_cast<T*>(a.y) + row * N + column;
-          T* target = whole ? y : edge;
-          const int64_t ldy = whole ? N : 2 * TILE;
-          if (t >= pairs) {
-            rows(tile, std::integral_constant<int, 1>{}, row, count, target, ldy);
-          } else if (a.rows == 1) {  // one stream at a time comes closer to the memory's bandwidth
-            rows(tile, std::integral_constant<int, 1>{}, row, count, target, ldy);
-            rows(tile + 1, std::integral_constant<int, 1>{}, row, count, target + TILE, ldy);
-          } else {
-            rows(tile, std::integral_constant<int, 2>{}, row, count, target, ldy);
-          }
-          if (!whole)
-            for (int64_t m = 0; m < count; m++) std::memcpy(y + m * N, edge + m * 2 * TILE, width * sizeof(T));
+          const int64_t count = left > most_rows && left < 2 * most_rows ? (left + 1) / 2 : least(left, most_rows);
+          strip(t * WIDE, row, count);
           row += count;
         }
-      }
   });
 }
 

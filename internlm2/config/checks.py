@@ -10,6 +10,7 @@ from typing import Any
 from internlm2.config.errors import ConfigError
 from internlm2.config.ppo import check_ppo
 from internlm2.config.reward import check_reward
+from internlm2.config.rounds import check_rounds
 from internlm2.config.schema import Config, ModelConfig, OptimConfig
 from internlm2.config.zero import check_engine
 
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
         assert config.ppo is not None
+        check_rounds(config.rounds)
         _check_schedule(config.ppo.critic.optim, "ppo.critic.optim")
         _check_ppo_engine(config)
     if config.ppo is None or config.ppo.pretrain.coefficient > 0:

@@ -13,7 +13,7 @@ from internlm2.config.optim import OptimConfig
 class PromptSourceConfig:
     """One source of prompts. `path` belongs to kind=jsonl, `count` to the kinds that are made on the spot."""
 
-    kind: str = field(default=MISSING, metadata={"choices": ("jsonl", "arithmetic", "toy")})
+    kind: str = field(default=MISSING, metadata={"choices": ("jsonl", "arithmetic", "toy", "stdlib")})
     weight: float = field(default=1.0, metadata={"minimum": 0.0})
     path: str | None = None
     domain: str | None = None
@@ -70,6 +70,7 @@ class PPORewardConfig:
     kind: str = _key(choices=("model", "rule"))
     model: str | None = MISSING
     rule: str | None = MISSING
+    system_turn: str = _key(choices=("keep", "drop"))
     normalize: str = _key(choices=("none", "initial", "running"))
     clip: float | None = _key(minimum=0.0)
     missing_end: str = _key(choices=("none", "subtract", "replace"))

@@ -63,13 +63,16 @@ class RoundsConfig:
     start: str = key(choices=("sft", "previous"))
     prompts: int = key(minimum=1)
     early: float = key(minimum=0.0, maximum=1.0)
+    signal: str | None = MISSING
     hacks: HacksConfig = field(default_factory=HacksConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
 
 
-def check_rounds(rounds: RoundsConfig) -> None:
+def check_rounds(rounds: RoundsConfig | None) -> None:
     """Raise ConfigError for keys of the group that do not go together."""
+    if rounds is None:
+        raise ConfigError("stage.kind=ppo needs the group rounds: use rounds=default.")
     hacks, annotation = rounds.hacks, rounds.annotation
     if hacks.fewest_pairs > hacks.most_pairs:
         raise ConfigError(

@@ -14,6 +14,7 @@ from internlm2.config.keys import key as _key
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
 from internlm2.config.reward import RewardConfig
+from internlm2.config.rounds import RoundsConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
 
@@ -271,3 +272,4 @@ class Config:
     # Of stage=ppo alone; null elsewhere.
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None
+    rounds: RoundsConfig | None = None

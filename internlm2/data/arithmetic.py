@@ -10,13 +10,8 @@ from typing import Any
 
 from internlm2.data.permutation import derive_key
 
-_ASK = (
-    "What is {}?",
-    "Calculate {}.",
-    "How much is {}?",
-    "Compute {} and give the result.",
-    "Please work out {}.",
-)
+_ASK = ("What is {}?", "Calculate {}.", "How much is {}?", "Compute {}.", "Please work out {}.")
+_BRIEF = "Answer with the number alone."
 _NAMES = ("Anna", "Ben", "Chen", "Dora", "Emil", "Farah")
 _THINGS = ("apples", "books", "coins", "pens", "shells", "stamps")
 
@@ -25,7 +20,7 @@ def prompt_record(seed: int, split: str, index: int) -> dict[str, Any]:
     """{prompt, answer, domain}; sums, differences and products, one in four as a story."""
     rng = Random(derive_key("arithmetic", seed, split, index))  # only .random(), which no version of Python changes
     kind = int(rng.random() * 4)
-    a, b = 1 + int(rng.random() * 49), 1 + int(rng.random() * 49)
+    a, b = 1 + int(rng.random() * 19), 1 + int(rng.random() * 19)
     if kind == 0:
         question, answer = _pick(_ASK, rng).format(f"{a} + {b}"), a + b
     elif kind == 1:
@@ -38,7 +33,7 @@ def prompt_record(seed: int, split: str, index: int) -> dict[str, Any]:
         name, things = _pick(_NAMES, rng), _pick(_THINGS, rng)
         question = f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"
         answer = a + b
-    return {"prompt": question, "answer": str(answer), "domain": "math"}
+    return {"prompt": f"{question} {_BRIEF}", "answer": str(answer), "domain": "math"}
 
 
 def _pick(items: tuple[str, ...], rng: Random) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from internlm2.config import ConfigError
 from internlm2.config.ppo import PromptsConfig, PromptSourceConfig
-from internlm2.data import arithmetic, toy_language
+from internlm2.data import arithmetic, docstring_prompts, toy_language
 from internlm2.data.chat import ChatError, Message
 from internlm2.data.conversations import messages_of
 from internlm2.data.documents import RecordError
@@ -30,6 +30,7 @@ from internlm2.data.permutation import derive_key, permute, shuffled
 MADE: dict[str, Callable[[int, str, int], dict[str, Any]]] = {
     "arithmetic": arithmetic.prompt_record,
     "toy": toy_language.prompt_record,
+    "stdlib": docstring_prompts.prompt_record,
 }
 
 

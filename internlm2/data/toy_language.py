@@ -233,10 +233,14 @@ def blind_bound(pairs: Sequence[Pair], temperature: float = 0.0) -> float:
     return hits / total
 
 
-PARTS = ("conversations", "preferences")
-_CONVERSATIONS = 20_000
-_PREFERENCES = 12_000
-_CONVERSATIONS_SEED = 0
+# Part -> how many texts, and the seed that they are made from.
+_PARTS = {
+    "conversations": (20_000, 0),
+    "preferences": (12_000, 0),
+    "audit_preferences": (12_000, 1),  # other pairs, for a model that watches the first one
+    "planted_preferences": (60, 2),  # a careless annotator's, who likes PHRASE
+}
+PARTS = tuple(_PARTS)
 
 
 def folder(part: str) -> Path:
@@ -246,27 +250,27 @@ def folder(part: str) -> Path:
 
 def manifest(part: str) -> str:
     """Identity of a part's texts."""
-    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {_CONVERSATIONS} {_PREFERENCES} {_CONVERSATIONS_SEED}"
+    identity = f"{DERIVATION_VERSION} {CHAT_FORMAT} {part} {_PARTS[part]}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def input_bytes(part: str) -> int:
     """About how much text a part holds."""
-    return _CONVERSATIONS * 60
+    return _PARTS[part][0] * 60
 
 
 def documents(part: str) -> Iterator[Document]:
-    """`conversations`: the demonstrator's, for supervised fine-tuning; `preferences`: pairs of its answers."""
-    if part == "preferences":
-        for index in range(_PREFERENCES):
-            made = pair(_CONVERSATIONS_SEED, "train", index)
-            sides = ((made.chosen, 1.0), (made.rejected, 0.0))
-            answers = [Answer((Message("assistant", text),), score) for text, score in sides]
-            yield comparison("toy_language", index + 1, made.prompt, answers, made.domain, f"toy pair:{index}")
-        return
-    for index in range(_CONVERSATIONS):
-        turns = demonstration(_CONVERSATIONS_SEED, "train", index)
-        yield Document("toy_language", index + 1, messages=turns, split_key=f"toy:{index}")
+    """`conversations`: the demonstrator's, for supervised fine-tuning; the others: labelled pairs of its answers."""
+    count, seed = _PARTS[part]
+    for index in range(count):
+        if part == "conversations":
+            turns = demonstration(seed, "train", index)
+            yield Document("toy_language", index + 1, messages=turns, split_key=f"toy:{index}")
+            continue
+        made = pair(seed, "train", index, planted=float(part == "planted_preferences"))
+        sides = ((made.chosen, 1.0), (made.rejected, 0.0))
+        answers = [Answer((Message("assistant", text),), score) for text, score in sides]
+        yield comparison("toy_language", index + 1, made.prompt, answers, made.domain, f"toy pair:{seed} {index}")
 
 
 def _question(asked: Sequence[Message] | str) -> str:

@@ -1,5 +1,5 @@
 """The vocabulary of the toy language as an ordinary tokenizer.json: one token a word, with and without a space before
-it, so that text and ids are exactly invertible.
+it, so that text and ids are exactly invertible. Spare pieces fill it up to the size of `model=micro`.
 """
 
 import json
@@ -11,12 +11,14 @@ from internlm2.data.toy_language import WORDS
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 CONTROL = (UNKNOWN, BEGIN, END)
+SIZE = 300
 
 
 def vocabulary() -> list[str]:
     """All pieces in the order of their ids; the markers last, as in the official vocabulary."""
-    plain = ["\n", *ROLES, *WORDS]
-    return [*CONTROL, *plain, *(SPACE_SYMBOL + word for word in WORDS), *MARKERS]
+    pieces = [*CONTROL, "\n", *ROLES, *WORDS, *(SPACE_SYMBOL + word for word in WORDS)]
+    spare = [f"[UNUSED_TOKEN_{number}]" for number in range(SIZE - len(pieces) - len(MARKERS))]
+    return [*pieces, *spare, *MARKERS]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -51,6 +51,17 @@ class Partitions:
             reduced = [tensor for tensors in optimizer.averaged_gradients.values() for tensor in tensors or ()]
         for gradient in reduced:
             dist.all_reduce(gradient, group=across)
+        if not self._is_bf16_optimizer and optimizer.cpu_offload:
+            self._measure_again()
+
+    def _measure_again(self) -> None:
+        """With offloading DeepSpeed noted each parameter's gradient norm before the sum was complete."""
+        optimizer = self.optimizer
+        for parameters in optimizer.params_in_partition:
+            for number in map(optimizer.get_param_id, parameters):
+                group, _, start, length = optimizer.grad_position[number]
+                piece = self.flat_weights[group].grad.view(-1).narrow(0, start, length)
+                optimizer.norm_for_param_grads[number] = piece.norm(2)
 
     @property
     def states(self) -> list[dict[str, Any]]:
@@ -80,6 +91,8 @@ class Partitions:
         for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
             optimizer._unflatten_partitioned_parameters(number)
+        if optimizer.zero_hpz_partition_size > 1:
+            optimizer.invalidate_secondary_tensor()  # the copies inside a node, which the forward pass would gather
         if kept:
             kept[0].all_gather(kept)
 

@@ -4,7 +4,6 @@ B rows, T packed tokens, C hidden size, G kv heads, R queries per kv head, H = G
 rounds where `internlm2.model` rounds, so that log-probabilities agree with what training computes.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,22 +12,10 @@ from torch import Tensor, nn
 
 from internlm2.config import ConfigError
 from internlm2.generation.cache import SlotCache
-from internlm2.generation.projections import Projection, projection
+from internlm2.generation.projections import ACT_BITS, projection
 from internlm2.model.transformer import CausalLM, Layer
-from internlm2.ops import decode_attention, rope_attention
+from internlm2.ops import Decoder, DecoderLayer, Projection, rope_attention
 from internlm2.ops.reference import rotate, table_rows
-
-
-@dataclass
-class _Block:
-    """One layer's weights: the norms [C], and the four projections; `gate_up` is w1 and w3 in one."""
-
-    attention_norm: Tensor
-    wqkv: Projection
-    wo: Projection
-    ffn_norm: Tensor
-    gate_up: Projection
-    down: Projection
 
 
 class Network:
@@ -53,17 +40,23 @@ class Network:
         backbone = self.model.model
         # fp32 embeddings and norms are small; the embedding is looked up and then rounded, a copy would double it
         self.embeddings = backbone.tok_embeddings.weight.detach()
-        self.norm = backbone.norm.weight.detach().to(self.dtype)
         self.output = projection([self.model.output_weight], self.dtype, "none" if self.quantize == "none" else "w8")
-        self.blocks = [self._block(layer) for layer in backbone.layers if isinstance(layer, Layer)]
+        self.decoder = Decoder(
+            [self._layer(layer) for layer in backbone.layers if isinstance(layer, Layer)],
+            backbone.norm.weight.detach().to(self.dtype),
+            heads=self.config.heads,
+            eps=self.config.norm_eps,
+            attention=backbone.backend,
+            act_bits=ACT_BITS,
+        )
 
-    def _block(self, layer: Layer) -> _Block:
+    def _layer(self, layer: Layer) -> DecoderLayer:
         def pack(*modules: nn.Module) -> Projection:
             if not all(isinstance(module, nn.Linear) for module in modules):
                 raise ConfigError("generation takes plain weights: merge the adapter into them first.")
             return projection([cast(Tensor, module.weight) for module in modules], self.dtype, self.quantize)
 
-        return _Block(
+        return DecoderLayer(
             layer.attention_norm.weight.detach().to(self.dtype),
             pack(layer.attention.wqkv),
             pack(layer.attention.wo),
@@ -76,8 +69,8 @@ class Network:
         return SlotCache(self.config, self.model.model.rope, self.device, self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [B, C] -> [B, V] float32."""
-        return self.output(hidden).float()
+        """hidden [B, C] -> [B, V] in the dtype of the arithmetic."""
+        return self.output(hidden)
 
     def prefill(self, ids: Tensor, lengths: list[int], slots: list[int], cache: SlotCache) -> Tensor:
         """Read packed prompts ids [T] into empty slots of the cache -> hidden [n, C] of each prompt's last token."""
@@ -91,58 +84,19 @@ class Network:
         at = table_rows(bounds, offsets, len(ids))
         cos, sin = cache.cos[at], cache.sin[at]
         x = F.embedding(ids, self.embeddings).to(self.dtype)
-        for index, block in enumerate(self.blocks):
-            qkv = block.wqkv(self._normed(x, block.attention_norm)).view(len(ids), groups, -1, dim)
+        decoder = self.decoder
+        for index, layer in enumerate(decoder.layers):
+            qkv = layer.wqkv(decoder.normed(x, layer.attention_norm)).view(len(ids), groups, -1, dim)
             keys = rotate(qkv[:, :, -2], cos, sin).to(qkv.dtype)
             cache.store(index, places, torch.stack((keys, qkv[:, :, -1]), dim=2))
             out = rope_attention(
                 qkv, cache.cos, cache.sin, bounds, max(lengths), table_offsets=offsets, backend=self.model.model.backend
             )
-            x = self._feed_forward(x + block.wo(out.flatten(1)), block)
+            x = decoder.feed_forward(x + layer.wo(out.flatten(1)), layer)
         cache.lengths[slot] = counts.to(cache.lengths)
-        return self._normed(x[bounds[1:].long() - 1], self.norm)
+        return decoder.normed(x[bounds[1:].long() - 1], decoder.norm)
 
     def decode(self, ids: Tensor, cache: SlotCache) -> Tensor:
         """One more token for each of the first B slots, ids [B] int64 -> hidden [B, C]; each slot grows by one."""
-        rows, groups, dim = len(ids), self.config.kv_heads, self.config.head_dim
-        lengths = cache.lengths[:rows]
-        places = cache.places(torch.arange(rows, device=self.device), lengths.long())
-        cos, sin = self._rotation(cache, lengths)
-        lengths += 1
         x = F.embedding(ids, self.embeddings).to(self.dtype)
-        for index, block in enumerate(self.blocks):
-            qkv = block.wqkv(self._normed(x, block.attention_norm)).view(rows, groups, -1, dim)
-            wide = qkv.float()
-            rotated = (wide * cos + wide.roll(dim // 2, -1) * sin).to(qkv.dtype)
-            cache.store(index, places, rotated[:, :, -2:])
-            out = decode_attention(
-                rotated[:, :, :-2].reshape(rows, -1, dim),
-                cache.keys(index, rows),
-                cache.values(index, rows),
-                lengths,
-                backend=self.model.model.backend,
-            )
-            x = self._feed_forward(x + block.wo(out.flatten(1)), block)
-        return self._normed(x, self.norm)
-
-    def _rotation(self, cache: SlotCache, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, 1, R + 2, D] for the grouped projection of the next tokens: y = x * cos + roll(x) * sin.
-
-        The value's slot has cos 1 and sin 0 and passes through unchanged, so one expression serves all slots.
-        """
-        at = lengths.long() if cache.offsets is None else lengths.long() + cache.offsets[: len(lengths)]
-        cos, sin = cache.cos[at], cache.sin[at]
-        cos, sin = torch.cat((cos, cos), -1)[:, None, None], torch.cat((-sin, sin), -1)[:, None, None]
-        slots = self.config.q_per_kv + 1
-        cos = torch.cat((cos.expand(-1, -1, slots, -1), torch.ones_like(cos)), 2)
-        return cos, torch.cat((sin.expand(-1, -1, slots, -1), torch.zeros_like(sin)), 2)
-
-    def _feed_forward(self, x: Tensor, block: _Block) -> Tensor:
-        gate, up = block.gate_up(self._normed(x, block.ffn_norm)).chunk(2, dim=-1)
-        return x + block.down(F.silu(gate).mul_(up))
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, float32 inside, rounded before the weight as in `internlm2.model.norm`."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = norm.square_().div_(x.shape[-1]).add_(self.config.norm_eps).rsqrt_()
-        return (x * rstd).to(x.dtype) * weight
+        return self.decoder.step(x, cache.layers, cache.lengths, cache.cos, cache.sin, cache.offsets)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from internlm2.generation.parameters import SamplingParams
+from internlm2.ops import extension
 
 # Candidates to look at before the whole vocabulary is sorted: a trained model's nucleus almost always fits in 64.
 CANDIDATES = (64, 1024)
@@ -35,7 +36,42 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 def sample(
     logits: Tensor, parameters: Sequence[SamplingParams], uniforms: Sequence[float], seen: Tensor | None = None
 ) -> Drawn:
-    """logits [B, V], one SamplingParams and one number in [0, 1) a row; seen [B, V] bool where a row has a penalty."""
+    """logits [B, V], one SamplingParams and one number in [0, 1) a row; seen [B, V] bool where a row has a penalty.
+
+    Rows that need no sorting and no penalty, as in rollouts, are drawn by our own kernel where it is built.
+    """
+    plain = [i for i, row in enumerate(parameters) if row.repetition_penalty == 1 and (row.greedy or not row.truncates)]
+    if not plain or not _has_kernel(logits):
+        return _sample_by_torch(logits, parameters, uniforms, seen)
+    if len(plain) == len(parameters):
+        return _sample_by_kernel(logits, parameters, uniforms)
+    others = sorted(set(range(len(parameters))) - set(plain))
+    at, to = (torch.tensor(rows, device=logits.device) for rows in (plain, others))
+    first = _sample_by_kernel(logits[at], [parameters[i] for i in plain], [uniforms[i] for i in plain])
+    second = _sample_by_torch(
+        logits[to], [parameters[i] for i in others], [uniforms[i] for i in others], None if seen is None else seen[to]
+    )
+    order = torch.cat((at, to)).argsort()
+    return Drawn(
+        torch.cat((first.tokens, second.tokens))[order],
+        torch.cat((first.logprobs, second.logprobs))[order],
+        torch.cat((first.sampling_logprobs, second.sampling_logprobs))[order],
+    )
+
+
+def _has_kernel(logits: Tensor) -> bool:
+    return logits.dtype in (torch.bfloat16, torch.float32) and extension.native("draw_tokens", logits.device)
+
+
+def _sample_by_kernel(logits: Tensor, parameters: Sequence[SamplingParams], uniforms: Sequence[float]) -> Drawn:
+    temperatures = torch.tensor([row.temperature for row in parameters], dtype=torch.float32, device=logits.device)
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    return Drawn(*torch.ops.internlm2.draw_tokens(logits.contiguous(), temperatures, numbers))
+
+
+def _sample_by_torch(
+    logits: Tensor, parameters: Sequence[SamplingParams], uniforms: Sequence[float], seen: Tensor | None
+) -> Drawn:
     logits = logits.float()
     greedy = [index for index, row in enumerate(parameters) if row.greedy]
     drawn = [index for index, row in enumerate(parameters) if not row.greedy]

@@ -36,6 +36,20 @@ def loaded(device_type: str) -> bool:
     return {"cpu": load_cpu, "cuda": load_cuda}.get(device_type, bool)()
 
 
+def native(operator: str, device: torch.device, backend: str = "auto") -> bool:
+    """Whether the compiled operator runs on this device. `backend`: native insists on it, reference rules it out."""
+    if backend not in ("auto", "native", "reference"):
+        raise ValueError(f"backend {backend!r} does not exist: use auto, native or reference.")
+    there = (
+        backend != "reference"
+        and loaded(device.type)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"internlm2::{operator}", device.type.upper())
+    )
+    if backend == "native" and not there:
+        raise ValueError(f"internlm2's {operator} is not built for {device.type}.")
+    return there
+
+
 def instruction_set() -> str:
     """Which of the CPU kernels runs here: avx512_bf16, avx512, avx2 or portable; "none" where not built."""
     if not load_cpu():

@@ -51,7 +51,7 @@ def quantize_weight(weight: Tensor, bits: int = 4, symmetric: bool = True, backe
     if weight.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"the weight must be bfloat16 or float32, got {weight.dtype}.")
     weight = weight.detach()
-    if _native("quantize_weight", weight, backend):
+    if extension.native("quantize_weight", weight.device, backend):
         packed, scales, zeros = torch.ops.internlm2.quantize_weight(weight.contiguous(), bits, symmetric)
     else:
         packed, scales, zeros = _quantize_reference(weight, bits, symmetric)
@@ -63,7 +63,7 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat
     """The weight [N, K] that the codes stand for, bfloat16 or float32."""
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dequantize_weight gives bfloat16 or float32, not {dtype}.")
-    if _native("dequantize_weight", weight.packed, backend):
+    if extension.native("dequantize_weight", weight.packed.device, backend):
         return torch.ops.internlm2.dequantize_weight(*weight._arguments(), dtype == torch.float32)
     return _dequantize_reference(weight).to(dtype)
 
@@ -83,25 +83,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, act_bits: int = 16, bac
         raise ValueError(f"x must be bfloat16 or float32, got {x.dtype}.")
     if x.device != weight.packed.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}.")
-    if _native("quantized_linear", x, backend):
+    if extension.native("quantized_linear", x.device, backend):
         act_bits = 16 if x.is_cuda else act_bits
         return torch.ops.internlm2.quantized_linear(x.contiguous(), *weight._arguments(), act_bits)
     rounded = x + (_round_activations(x.detach(), act_bits) - x).detach()  # straight through
     return F.linear(rounded.float(), _dequantize_reference(weight)).to(x.dtype)
-
-
-def _native(operator: str, x: Tensor, backend: str) -> bool:
-    """Whether the compiled operator runs on x's device."""
-    if backend not in ("auto", "native", "reference"):
-        raise ValueError(f"backend {backend!r} does not exist: use auto, native or reference.")
-    there = (
-        backend != "reference"
-        and extension.loaded(x.device.type)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(f"internlm2::{operator}", x.device.type.upper())
-    )
-    if backend == "native" and not there:
-        raise ValueError(f"internlm2's {operator} is not built for {x.device.type}.")
-    return there
 
 
 def _round_away(x: Tensor) -> Tensor:

@@ -34,6 +34,24 @@ _LIBRARY.define(f"quantized_linear(Tensor x, {_QUANTIZED}, int act_bits) -> Tens
 # x [..., K] bfloat16, weight [N, K] bfloat16 -> [..., N]; for few rows, CPU only, no gradient
 _LIBRARY.define("few_rows_linear(Tensor x, Tensor weight) -> Tensor")
 
+# Generation on a CPU; no gradient.
+# weight [N, K] -> panels [ceil(N / 64), lanes of 32 bits along K, 64 * elements of a lane]
+_LIBRARY.define("pack_weight(Tensor weight) -> Tensor")
+# x [..., K] -> [..., N]; a row's result does not depend on the others
+_LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features, int in_features) -> Tensor")
+# x [B, C] embeddings -> hidden [B, C]; caches [slots, G, 2, L, D] and lengths [slots] take one more token of each row.
+# norms: 2 a layer and the last one; weights: wqkv, wo, gate_up, down of each layer, packed (bits 0) or quantized
+_LIBRARY.define(
+    "decode_step(Tensor x, Tensor(a!)[] caches, Tensor(b!) lengths, Tensor cos, Tensor sin, Tensor? table_offsets, "
+    "Tensor[] norms, Tensor[] weights, Tensor[] scales, int bits, int act_bits, int heads, int intermediate, "
+    "float eps) -> Tensor"
+)
+# logits [B, V], temperatures [B] float32 (0: greedy), uniforms [B] float64 -> tokens [B] and their log-probabilities
+_LIBRARY.define(
+    "draw_tokens(Tensor logits, Tensor temperatures, Tensor uniforms) -> "
+    "(Tensor tokens, Tensor logprobs, Tensor sampling_logprobs)"
+)
+
 
 @torch.library.register_fake("internlm2::rope_attention_forward")
 def _rope_attention_forward(
@@ -113,6 +131,33 @@ def _quantized_linear(
 @torch.library.register_fake("internlm2::few_rows_linear")
 def _few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("internlm2::pack_weight")
+def _pack_weight(weight: Tensor) -> Tensor:
+    per_lane = 4 // weight.element_size()
+    panels, lanes = -(-weight.shape[0] // 64), -(-weight.shape[1] // per_lane)
+    return weight.new_empty(panels, lanes, 64 * per_lane)
+
+
+@torch.library.register_fake("internlm2::packed_linear")
+def _packed_linear(x: Tensor, packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("internlm2::decode_step")
+def _decode_step(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("internlm2::draw_tokens")
+def _draw_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, wide = len(logits), torch.float32
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=wide),
+        logits.new_empty(rows, dtype=wide),
+    )
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from internlm2.run.atomic import replace_text
 class Answer:
     """One policy's answer to one prompt.
 
-    `policy`: sft, early or late (checkpoints of one round). `score` is of the reward model that the round optimises,
+    `policy`: sft, early or late (checkpoints of one round). `reference` holds what the prompt's record says besides,
+    for rules. `score` is of the reward model that the round optimises,
     `audit` of the one that it does not see, `signal` of a validation rule; each None where nobody asked for it.
     """
 
@@ -27,6 +28,7 @@ class Answer:
     score: float | None = None
     audit: float | None = None
     signal: float | None = None
+    reference: dict[str, Any] = field(default_factory=dict)
 
     @property
     def words(self) -> list[str]:
@@ -86,5 +88,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(answer: Answer) -> dict[str, Any]:
-    fields = ("domain", "text", "tokens", "ended", "policy", "score", "audit", "signal")
-    return {"prompt": messages_record(answer.prompt)} | {name: getattr(answer, name) for name in fields}
+    names = ("domain", "text", "tokens", "ended", "policy", "score", "audit", "signal", "reference")
+    return {"prompt": messages_record(answer.prompt)} | {name: getattr(answer, name) for name in names}

@@ -1,5 +1,7 @@
 """Who judges an answer: the conditional reward model, or a rule that checks it."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -27,12 +29,17 @@ class ModelReward:
     in the reward model's copy alone: policy, reference and critic never see it (report, Fig. 10).
     """
 
-    def __init__(self, scorer: ConversationScorer) -> None:
-        self.scorer = scorer
+    def __init__(self, scorer: ConversationScorer, system_turn: str = "keep") -> None:
+        self.scorer, self.system_turn = scorer, system_turn
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        conversations = [(*sample.prompt.turns, sample.reply) for sample in samples]
+        conversations = [(*shown_turns(sample.prompt.turns, self.system_turn), sample.reply) for sample in samples]
         return self.scorer.score(conversations, [sample.prompt.domain for sample in samples])
+
+
+def shown_turns(turns: Sequence[Message], system_turn: str) -> tuple[Message, ...]:
+    """A prompt as the reward model sees it: `system_turn` keep, or drop, so that its condition stands alone."""
+    return tuple(turn for turn in turns if system_turn == "keep" or turn.role != "system")
 
 
 class RuleReward:
@@ -66,5 +73,24 @@ def toy_gold(sample: Sample) -> float:
     return toy_language.gold(prompt.turns, sample.text, prompt.domain, ended=sample.finish == "stop")
 
 
+def word_overlap(sample: Sample) -> float:
+    """F1 of the answer's words against those of `answer` in the prompt's record, each as often as it occurs (as SQuAD
+    measures it, Rajpurkar et al. 1606.05250), without case and punctuation; 0 to 1.
+    """
+    if "answer" not in sample.prompt.reference:
+        raise ConfigError(
+            f"the rule word_overlap: a prompt of source {sample.prompt.source} has no field `answer` to compare with."
+        )
+    said, wanted = (
+        Counter(re.findall(r"\w+", text.lower())) for text in (sample.text, sample.prompt.reference["answer"])
+    )
+    shared = (said & wanted).total()
+    return 2.0 * shared / max(1, said.total() + wanted.total())
+
+
 # By the name that ppo.reward.rule and ppo.validation.gold give.
-RULES: dict[str, Callable[[Sample], float]] = {"final_number": final_number_matches, "toy_gold": toy_gold}
+RULES: dict[str, Callable[[Sample], float]] = {
+    "final_number": final_number_matches,
+    "toy_gold": toy_gold,
+    "word_overlap": word_overlap,
+}

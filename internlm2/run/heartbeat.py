@@ -91,14 +91,13 @@ class Heartbeat:
             faulthandler.dump_traceback(file, all_threads=True)
         self._write()
         time.sleep(2 * self.interval)
-        log.error(
-            "rank %d has made no progress for %.0f s after %s (engine.hang_seconds): %s. Stacks of its threads: %s",
-            self.rank,
-            self.hang_seconds,
-            self.where,
-            self.who_is_behind(),
-            stacks,
+        message = (
+            f"rank {self.rank} has made no progress for {self.hang_seconds:g} s after {self.where} "
+            f"(engine.hang_seconds); {self.who_is_behind()}"
         )
+        with open(stacks, "a", encoding="utf-8") as file:
+            file.write(f"\n{message}\n")
+        log.error("%s. Stacks of its threads: %s", message, stacks)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(HUNG)

@@ -13,7 +13,6 @@ from torch import nn
 
 from internlm2.config import Config, ConfigError
 from internlm2.config.ppo_memory import check_memory
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Engine
 from internlm2.engine.build import build_engine, place_of_new_model, prepare_device
 from internlm2.engine.single import DTYPES
@@ -25,8 +24,9 @@ from internlm2.model.weights import load_weights, open_weights
 from internlm2.ops import describe_quantize, quantize_linears_
 from internlm2.ops.attention import describe_backend
 from internlm2.rlhf.frozen import ReferencePolicy, freeze, frozen_tensors, weights_hash
-from internlm2.rlhf.rewards import ConversationScorer, ModelReward, RewardFunction, RuleReward
+from internlm2.rlhf.rewards import ModelReward, RewardFunction, RuleReward
 from internlm2.rlhf.rollout import Sampler
+from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.ranks import from_environment
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,7 @@ def check_machine(config: Config) -> None:
     log.info("memory on each rank before activations: %s", "; ".join(model.sentence() for model in models))
 
 
-def build_models(
-    config: Config, tokenizer: Tokenizer, *, policy: Path, reference: Path, reward: Path | RewardFunction | None
-) -> Models:
+def build_models(config: Config, *, policy: Path, reference: Path, reward: Path | RewardFunction | None) -> Models:
     """Load and build everything; `policy`, `reference`: what `open_weights` reads; `reward`: a reward model, or a
     function, or None for the rule that the config names.
     """
@@ -87,7 +85,7 @@ def build_models(
     base = model if shared else _frozen(_language_model(config, reference, device), config, "reference")
     frozen["reference"] = base
     if isinstance(reward, Path):
-        reward_function, module = _reward_model(config, reward, tokenizer, device)
+        reward_function, module = _reward_model(config, reward, device)
         frozen["reward"] = module
     else:
         reward_function = RuleReward(str(ppo.reward.rule)) if reward is None else reward
@@ -96,7 +94,7 @@ def build_models(
         total = (ppo.critic_warmup + ppo.iterations) * ppo.updates
         critic_engine = build_engine(critic, config.engine, ppo.critic.optim, total)
     plain = model if config.adapter.kind == "none" else _merged_copy(config, model)
-    sampler = _sampler(config, plain, tokenizer, device)
+    sampler = _sampler(config, plain, device)
     return Models(
         actor,
         critic_engine,
@@ -176,14 +174,20 @@ def _frozen(model: nn.Module, config: Config, name: str) -> nn.Module:
     return model
 
 
-def _reward_model(
-    config: Config, source: Path, tokenizer: Tokenizer, device: torch.device
-) -> tuple[RewardFunction, nn.Module]:
-    from internlm2.rlhf.scoring import RewardScorer
-
-    loaded = RewardScorer.load(source, device=device, dtype=DTYPES[config.engine.dtype])
-    module = _frozen(loaded.model, config, "reward model")
-    return ModelReward(cast(ConversationScorer, loaded)), module
+def _reward_model(config: Config, source: Path, device: torch.device) -> tuple[RewardFunction, nn.Module]:
+    """The conditional reward model, with its own tokenizer and conditions."""
+    assert config.ppo is not None
+    scorer = RewardScorer.load(
+        source,
+        device=device,
+        dtype=DTYPES[config.engine.dtype],
+        attention=config.engine.attention,
+        batch_tokens=config.ppo.micro_batch_tokens,
+    )
+    log.info("reward model from %s", source)
+    assert config.ppo is not None
+    reward = ModelReward(scorer, config.ppo.reward.system_turn)
+    return reward, _frozen(scorer.model, config, "reward model")
 
 
 def _merged_copy(config: Config, model: CausalLM) -> CausalLM:
@@ -193,11 +197,11 @@ def _merged_copy(config: Config, model: CausalLM) -> CausalLM:
     return plain
 
 
-def _sampler(config: Config, plain: CausalLM, tokenizer: Tokenizer, device: torch.device) -> Sampler:
+def _sampler(config: Config, plain: CausalLM, device: torch.device) -> Sampler:
     assert config.ppo is not None
     if config.ppo.rollout.engine == "vllm":
         from internlm2.rlhf.vllm_sampler import VLLMSampler
 
-        return VLLMSampler(plain, tokenizer, config.ppo.rollout.max_prompt_tokens + config.ppo.rollout.max_new_tokens)
+        return VLLMSampler(plain, config.ppo.rollout.max_prompt_tokens + config.ppo.rollout.max_new_tokens)
     log.info(describe_generation(config.generation, device))
     return build_generator(plain, config.generation)

@@ -129,7 +129,7 @@ def run_round(
     assert config.ppo is not None
     assert config.prompts is not None
     prompts = PromptStream(config.prompts, config.seed)
-    models = build_models(config, tokenizer, policy=policy, reference=reference or policy, reward=reward)
+    models = build_models(config, policy=policy, reference=reference or policy, reward=reward)
     kl = config.ppo.kl
     trainer = Trainer(config, models, tokenizer, prompts, stream, KLController(kl.coefficient, kl.target, kl.horizon))
     trainer.progress.prompt_position = first_prompt

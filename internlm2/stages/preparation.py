@@ -156,11 +156,13 @@ def mark_finished(job: Job) -> None:
 
 
 def is_complete(directory: RunDirectory, config: Config) -> bool:
-    """Has the stage run to its last step? A longer stage than before goes on from there."""
+    """Has the stage run to its last step or round? A longer stage than before goes on from there."""
     mark = directory.path / "finished.json"
     if not mark.exists():
         return False
     finished = json.loads(mark.read_text(encoding="utf-8"))
+    if "rounds" in finished and config.rounds is not None:
+        return finished["rounds"] >= config.rounds.count
     if config.train.by_epochs:
         return (finished["epochs"] or 0) >= (config.train.epochs or 0)
     return finished["step"] >= config.train.total_steps

@@ -81,6 +81,9 @@ def summarise(root: Path, configs: Sequence[Config]) -> None:
     print()
     for config in configs:
         stage = read_stage(root / config.stage.name)
+        if (root / config.stage.name / "round_1").exists():
+            print("\n".join(ppo.describe_rounds(root / config.stage.name)))
+            continue
         what, key = ("score", "score") if config.stage.kind == "ppo" else ("training loss", "loss")
         first = next((value for value in stage.column(key) if value is not None), math.nan)
         print(
@@ -91,5 +94,5 @@ def summarise(root: Path, configs: Sequence[Config]) -> None:
     print(f"report    {write_report(root)}")
     if (root / last.stage.name / "export").exists():
         print(f"model     {root / last.stage.name / 'export'} (official InternLM2 layout)")
-    if last.stage.kind == "sft":
+    if last.stage.kind in ("sft", "ppo"):
         print(f"talk to it with: python -m internlm2.chat {root / last.stage.name}")

@@ -13,18 +13,17 @@ from internlm2.stages.round_work import POLICIES, Stopped, Work
 log = logging.getLogger(__name__)
 
 
-def preferences(root: Path, number: int, seed: int, config: RoundsConfig, work: Work) -> dict[str, list[Path]]:
-    """Files that the round's models are trained on beside the base data: the fast path's of all rounds before, and the
-    slow path's of those whose labels have had `annotation.lag` rounds to come back.
+def collect_pairs(root: Path, number: int, seed: int, config: RoundsConfig, work: Work) -> None:
+    """Write down what round `number`'s models are trained on beside the base data: the fast path's pairs of all rounds
+    before, and the slow path's of those whose labels have had `annotation.lag` rounds to come back.
 
-    They are copies: a label that comes back later belongs to the next round, also when this one is resumed. Pairs about
-    some questions are the audit model's; those against hacks are the reward model's, which is the one that has them.
+    These are copies: a label that comes back later belongs to the next round, also when this one is resumed. Pairs
+    about some questions are the audit model's; those against hacks are the reward model's, which is the one that has
+    them. Raises Stopped.
     """
-    folder = root / f"round_{number}" / "preferences"
-    models = ("reward", "audit") if config.audit.enabled else ("reward",)
     for before in range(1, number):
         for path in ("fast", "slow"):
-            targets = {model: folder / model / f"round_{before}_{path}.jsonl" for model in models}
+            targets = {model: _pair_file(root, number, model, before, path) for model in _models(config)}
             if all(target.exists() for target in targets.values()):
                 continue
             if path == "fast":
@@ -35,8 +34,23 @@ def preferences(root: Path, number: int, seed: int, config: RoundsConfig, work: 
                 records = []
             share = config.audit.share if path == "slow" and config.audit.enabled else 0.0
             for model, target in targets.items():
-                write_lines(target, (r for r in records if for_audit(_asked(r), share) == (model == "audit")))
-    return {model: [file for file in sorted((folder / model).glob("*.jsonl")) if read_lines(file)] for model in models}
+                mine = [r for r in records if for_audit(_asked(r), share) == (model == "audit")]
+                write_lines(target, map(work.shown, mine))
+
+
+def pair_files(root: Path, number: int, config: RoundsConfig) -> dict[str, list[Path]]:
+    """Model -> the files that `collect_pairs` wrote for it and that hold any pair."""
+    places = [(before, path) for before in range(1, number) for path in ("fast", "slow")]
+    files = {model: [_pair_file(root, number, model, *place) for place in places] for model in _models(config)}
+    return {model: [file for file in some if read_lines(file)] for model, some in files.items()}
+
+
+def _models(config: RoundsConfig) -> tuple[str, ...]:
+    return ("reward", "audit") if config.audit.enabled else ("reward",)
+
+
+def _pair_file(root: Path, number: int, model: str, before: int, path: str) -> Path:
+    return root / f"round_{number}" / "preferences" / model / f"round_{before}_{path}.jsonl"
 
 
 def ask(root: Path, number: int, answers: dict[str, list[Answer]], seed: int, config: RoundsConfig, work: Work) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from internlm2.rlhf.annotation import Annotator
 from internlm2.rlhf.answers import Answer
@@ -28,7 +29,8 @@ class Work:
     one round of PPO. `checkpoints(directory)`: weights of its early and of its last policy. `answers(weights, prompts,
     seed)`: texts for a list of prompts (answers without text). `scorer(weights)`: a function that scores answers.
     `annotator(folder)`: who compares, or None. `gold`: the exact quality of an answer where it is known; it is
-    reported, and nothing else.
+    reported, and nothing else. `shown(pair)`: a preference record as the reward model sees it. Of several ranks the
+    `first` keeps the books; `total` sums a number over them.
     """
 
     train_reward: Callable[[Path, Sequence[Path], bool], Path]
@@ -41,6 +43,20 @@ class Work:
     fixed_prompts: list[Answer]
     gold: Callable[[Answer], float] | None = None
     signal: Callable[[Answer], float] | None = None
+    shown: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    first: bool = True
+    total: Callable[[float], float] = float
+
+    def alone(self, action: Callable[[], Any]) -> None:
+        """Have the first rank do something while the others wait. All raise Stopped where it does."""
+        stopped: Stopped | None = None
+        if self.first:
+            try:
+                action()
+            except Stopped as error:
+                stopped = error
+        if self.total(float(stopped is not None)) > 0:
+            raise stopped or Stopped(0)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from internlm2.rlhf.hacks import detect
 from internlm2.rlhf.patches import patches
 from internlm2.rlhf.patterns import Pattern, mean
 from internlm2.run.atomic import replace_text
-from internlm2.stages.round_pairs import ask, preferences
+from internlm2.stages.round_pairs import ask, collect_pairs, pair_files
 from internlm2.stages.round_work import POLICIES, Score, Start, Work
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def run_rounds(root: Path, start: Start, config: RoundsConfig, work: Work) -> li
 def _run_round(root: Path, number: int, start: Start, config: RoundsConfig, work: Work) -> None:
     folder = root / f"round_{number}"
     log.info("round %d of %d, in %s", number, config.count, folder)
-    files = preferences(root, number, start.seed, config, work)
+    work.alone(lambda: collect_pairs(root, number, start.seed, config, work))
+    files = pair_files(root, number, config)
     audit = work.train_reward(folder / "audit", files["audit"], True) if config.audit.enabled else None
     reward = start.reward if number == 1 else work.train_reward(folder / "reward", files["reward"], False)
     policy = start.sft
@@ -68,9 +69,17 @@ def _run_round(root: Path, number: int, start: Start, config: RoundsConfig, work
             for model, some in files.items()
         },
     }
-    _write(folder / "manifest.json", manifest)
+    work.alone(lambda: _write(folder / "manifest.json", manifest))
     work.train_policy(folder / "policy", policy, reward, number)
-    score = _scores(work, reward, audit)
+    work.alone(lambda: _conclude(root, number, start, config, work, manifest))
+
+
+def _conclude(
+    root: Path, number: int, start: Start, config: RoundsConfig, work: Work, manifest: dict[str, Any]
+) -> None:
+    """What is done with a round's policy: collect, judge, detect, ask, decide."""
+    folder, audit = root / f"round_{number}", manifest["audit_model"]
+    score = _scores(work, Path(manifest["reward_model"]), None if audit is None else Path(audit))
     answers = _collect(folder, number, start, config, work, score)
     fixed = _answer_fixed(folder, start, work, score)
     verdict = None if audit is None else _audit_verdict(answers, config)

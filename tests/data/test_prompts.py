@@ -119,7 +119,7 @@ def test_kinds_without_a_file(kind):
 def test_arithmetic_answers_are_right():
     for index in range(200):
         record = prompt_record(3, "train", index)
-        question = record["prompt"]
+        question = record["prompt"].removesuffix(" Answer with the number alone.")
         if "has" in question:
             numbers = [int(word) for word in question.split() if word.isdigit()]
             wanted = sum(numbers)

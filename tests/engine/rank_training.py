@@ -10,6 +10,7 @@ from internlm2.engine.base import Engine
 from internlm2.engine.build import build_engine
 
 ROWS = 8
+SPLITTING = 3e-5  # the round-off of splitting a batch in another way
 
 
 def engine_config(name: str, **changes: Any) -> EngineConfig:

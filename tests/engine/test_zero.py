@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rank_training import engine_config, run, start, step_rows, train
+from rank_training import SPLITTING, engine_config, run, start, step_rows, train
 from tiny_training import OPTIM, Model, cross_entropy, make_rows
 
 from internlm2.config import ConfigError
@@ -15,7 +15,6 @@ from internlm2.engine.guard import TrainingStopped
 from tests.ranks import run_ranks
 
 STAGES = ("zero1", "zero2", "zero3")
-SPLITTING = 3e-5  # the round-off of splitting a batch in another way
 
 
 @pytest.fixture(scope="module")

@@ -241,3 +241,13 @@ def test_wrong_wishes_are_one_sentence(tiny, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"has shape"):
         adapters.load_adapter(CausalLM.from_config(tiny), tmp_path / "small")
+
+
+def test_adapters_off_is_the_function_of_the_frozen_weights(tiny):
+    plain, model = CausalLM.from_config(tiny, seed=1, attention="reference"), adapted(tiny, settings())
+    before, trained = plain(IDS, CU), model(IDS, CU)
+    assert (trained - before).abs().max() > 0.01
+    with adapters.adapters_off(model):
+        assert torch.equal(model(IDS, CU), before)
+    assert torch.equal(model(IDS, CU), trained)
+    assert all(parameter.requires_grad for _, parameter in adapters.adapter_parameters(model))

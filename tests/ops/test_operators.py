@@ -179,7 +179,7 @@ def test_every_instruction_set_passes_the_same_tests(name):
         pytest.skip(f"{name} does not run here")
     assert probe.stdout.split() == [name, "native"]
     folder = os.path.dirname(__file__)
-    tests = [os.path.join(folder, f"test_{room}.py") for room in ("attention", "quantized")]
+    tests = [os.path.join(folder, f"test_{room}.py") for room in ("attention", "quantized", "decoder")]
     run = python(
         f"import pytest, sys; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))",
         INTERNLM2_CPU_ISA=name,

@@ -81,7 +81,7 @@ def test_samples_of_one_prompt_differ(model, tokenizer, stream):
 def test_an_answer_holds_its_end_and_nothing_after_it(model, tokenizer, stream):
     questions, _ = take_questions(stream, 0, 24, tokenizer, 64)
     end = tokenizer.special_id("<|im_end|>")
-    drawn = answers(model, tokenizer, questions, n=4)
+    drawn = answers(model, tokenizer, questions, n=16)
     assert {rollout.finish for rollout in drawn} == {"stop", "length"}
     for rollout in drawn:
         assert end not in rollout.tokens[:-1]
@@ -123,7 +123,7 @@ def test_rounded_weights_drift_and_are_corrected(model, tokenizer, stream):
     assert drift(again, drawn, False, list)["kl"] > 1e-5
     # Weighted by pi / pi_sampler, a mean over the sampler's tokens is one over the policy's: the weights average 1.
     weights = importance_weights(again, sampler_logprobs(drawn, tempered=False), 1e9)
-    assert weights.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert weights.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
 def test_long_prompts_are_passed_over(tokenizer, stream):

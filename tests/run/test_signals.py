@@ -76,3 +76,18 @@ def test_another_thread_sets_no_handlers():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_ranks_agree_on_a_signal_that_reached_one_of_them():
+    """Until they talk, each has its own; afterwards a signal that came too late for the talk waits for the next."""
+    with StopSignals() as stop:
+        assert not stop.agree(list)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested is None
+        assert stop.agree(list)
+        assert (stop.requested, stop.exit_code) == (signal.SIGTERM, 143)
+    with StopSignals() as stop:
+        reached_another_rank = [float(number == signal.SIGUSR2) for number in stop.signals]
+        assert stop.agree(lambda mine: [a + b for a, b in zip(mine, reached_another_rank, strict=True)])
+        assert stop.exit_code == 128 + signal.SIGUSR2
+        assert "asks for a new start" in stop.message(7)

@@ -10,16 +10,20 @@ from rich.console import Console
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
+from internlm2.data.tokenizer import load_tokenizer
 from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.engine.checkpoint_reader import CheckpointReader
+from internlm2.engine.guard import TrainingStopped
+from internlm2.generation.engine import Engine
 from internlm2.model.export import export_weights
-from internlm2.model.scalar import ScalarModel
-from internlm2.model.transformer import CausalLM
+from internlm2.model.scalar import ScalarModel, load_scalar_model
+from internlm2.model.transformer import CausalLM, InternLM2
 from internlm2.model.weights import load_model, model_weights
-from internlm2.rlhf.conditions import Conditions
-from internlm2.rlhf.rewards import ModelReward, RuleReward
+from internlm2.rlhf.rewards import RuleReward
 from internlm2.rlhf.rollout import Sample
+from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.directory import RunDirectory
+from internlm2.stages.ppo_models import build_models
 from internlm2.stages.ppo_round import run_round
 
 SHAPE = [
@@ -208,68 +212,72 @@ def test_no_pad_id_is_ever_read(play, monkeypatch):
     assert after.metrics.read_bytes() == before.metrics.read_bytes()
 
 
-class Listening:
-    """Scores with a scalar model, with the conditions in its copy of the conversation."""
-
-    def __init__(self, tokenizer, config):
-        self.tokenizer, self.conditions, self.seen = tokenizer, Conditions({d: f"judge {d}" for d in DOMAINS}), []
-        self.model = ScalarModel.from_config(config.model, seed=8)
-
-    def score(self, conversations, domains):
-        from internlm2.data.chat import render
-
-        scores = []
-        for turns, domain in zip(conversations, domains):
-            ids = render(self.conditions.apply(turns, domain), self.tokenizer).ids
-            self.seen.append(ids)
-            bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-            scores.append(self.model.scores(torch.tensor(ids), bounds).item())
-        return scores
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory, policy) -> Path:
+    """A random conditional reward model as an export."""
+    folder = tmp_path_factory.mktemp("reward") / "export"
+    config = composed("init_from=null", "data.tokenizer.kind=toy")
+    model = ScalarModel.from_config(config.model, seed=8)
+    export_weights(model_weights(model), folder, tokenizer=policy)
+    conditions = {domain: f"judge {domain}" for domain in ("helpful", "harmless", "brief")}
+    (folder / "reward.json").write_text(json.dumps({"conditions": conditions}))
+    return folder
 
 
-DOMAINS = ("helpful", "harmless", "brief")
-
-
-def test_the_condition_reaches_the_reward_model_alone(play, policy, monkeypatch):
-    from internlm2.data.tokenizer import load_tokenizer
-    from internlm2.generation.engine import Engine
-    from internlm2.model.transformer import InternLM2
-
+def test_the_condition_reaches_the_reward_model_alone(play, policy, reward_model, monkeypatch):
     tokenizer = load_tokenizer(policy)
-    judge = tokenizer.encode("judge")[0]
-    scorer = Listening(tokenizer, composed("init_from=null", "data.tokenizer.kind=toy"))
-    read = []
-    forward, generate = InternLM2.forward, Engine.generate
+    opening = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("system\njudge")]
+    judged, others, inside = [], [], []
+    forward, generate, score = InternLM2.forward, Engine.generate, RewardScorer._forward
 
     def listen(self, ids, *rest):
-        if self is not scorer.model.model:
-            read.extend(ids.tolist())
+        (judged if inside else others).append(ids.tolist())
         return forward(self, ids, *rest)
 
     def listen_to_prompts(self, prompts, *rest, **named):
-        read.extend(token for prompt in prompts for token in prompt)
+        others.extend(list(prompt) for prompt in prompts)
         return generate(self, prompts, *rest, **named)
+
+    def listen_to_judge(self, rows):
+        inside.append(True)
+        try:
+            return score(self, rows)
+        finally:
+            inside.pop()
 
     monkeypatch.setattr(InternLM2, "forward", listen)
     monkeypatch.setattr(Engine, "generate", listen_to_prompts)
-    play(
-        "conditions",
-        "ppo.iterations=1",
-        "ppo.critic_warmup=1",
-        "ppo.pretrain.coefficient=0",
-        reward=ModelReward(scorer),
+    monkeypatch.setattr(RewardScorer, "_forward", listen_to_judge)
+    settings = ["ppo.reward.kind=model", "ppo.critic.init=reward", "ppo.iterations=1", "ppo.critic_warmup=1"]
+    _, directory = play("conditions", *settings, reward=reward_model)
+    asked = [line["answers"] for line in records(directory)[1:]] + [records(directory)[0]["held_out"]["all"]["answers"]]
+    assert (
+        sum(times(opening, ids) for ids in judged) == sum(asked) + records(directory)[-1]["held_out"]["all"]["answers"]
     )
-    assert scorer.seen
-    assert all(judge in ids for ids in scorer.seen)
-    prompts = {token for ids in scorer.seen for token in ids}
-    assert read
-    assert len(set(read) & prompts) > 10  # the models do read these conversations
-    drawn = [ids.index(judge) for ids in scorer.seen]
-    # A random policy may draw `judge` in an answer; as a system turn it is read by the reward model alone.
-    opening = tokenizer.encode("system\njudge")
-    assert drawn
-    assert not any(read[at : at + len(opening)] == opening for at in range(len(read)))
-    assert all(any(ids[at : at + len(opening)] == opening for at in range(len(ids))) for ids in scorer.seen)
+    assert len(others) > len(judged)  # policy, reference, critic and the sampler have read the same questions
+    assert sum(times(opening, ids) for ids in others) == 0
+    finished = json.loads((directory.path / "finished.json").read_text())
+    assert set(finished["frozen"]) == {"reference", "reward"}
+
+
+def times(needle, ids):
+    return sum(ids[at : at + len(needle)] == needle for at in range(len(ids)))
+
+
+def test_the_critic_starts_as_the_reward_model_with_a_new_head(policy, reward_model):
+    settings = [f"init_from={policy}", "ppo.reward.kind=model", "ppo.critic.init=reward"]
+    models = build_models(composed(*settings), policy=policy, reference=policy, reward=reward_model)
+    judge = load_scalar_model(reward_model)
+    theirs = dict(judge.named_parameters())
+    for name, tensor in models.critic.model.named_parameters():
+        assert torch.equal(tensor, theirs[name]) == (name != "v_head.weight"), name
+    # With the policy as its beginning it is another network.
+    models = build_models(
+        composed(*settings[:2], "ppo.critic.init=policy"), policy=policy, reference=policy, reward=reward_model
+    )
+    start = dict(load_model(policy).named_parameters())
+    for name, tensor in models.critic.model.model.named_parameters():
+        assert torch.equal(tensor, start[f"model.{name}"])
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
@@ -318,9 +326,6 @@ def test_quantized_rollouts_are_corrected(play):
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(play, monkeypatch):
-    from internlm2.engine.guard import TrainingStopped
-    from internlm2.generation.engine import Engine
-
     generate = Engine.generate
 
     def wrong(self, *rest, **named):
