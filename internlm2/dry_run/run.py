@@ -4,6 +4,7 @@ python train.py stage=pretrain_4k model=20b engine=zero1 engine.recompute=full c
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -97,9 +98,10 @@ def rehearse_rank(config: Config, rank: int) -> Rehearsed:
         loaded(config, place)
         mode = stack.enter_context(hollow())
         engine = build(config)
-        resting = mode.live
-        mode.reset_peak()
         for _ in range(2):  # the second finds the optimizer's state and buffers in place
+            gc.collect()  # cycles would hold what the step before has left
+            resting = mode.live
+            mode.reset_peak()
             engine.train_step([batch(config)] * passes(config), token_loss)
         pieces = [Piece(f.name, f.offset, f.view.numel()) for f in engine.fragments(("weight",))]
         return Rehearsed(

@@ -24,7 +24,7 @@ def hydra_context():
 
 
 def composed(*overrides: str):
-    return to_config(compose("train", overrides=["stage=pretrain_4k", "model=tiny", *overrides]))
+    return to_config(compose("train", overrides=["stage=pretrain_4k", *overrides]))
 
 
 def test_storages_are_counted_from_birth_to_death():
@@ -59,23 +59,21 @@ def test_a_step_on_shapes_takes_what_the_real_step_takes():
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_planned_memory_of_one_gpu(recompute):
-    """plan=true against what the tensors of a real step take, at a shape where each part counts.
-
-    Within 15%: what runs here is the CPU's RMSNorm, whose backward pass makes fp32 copies that a GPU's does not.
-    """
+    """plan=true against what the tensors of a real step take: the width of 7b, few layers, long rows."""
     config = composed(
+        "model=7b",
         "engine=single",
         "cluster.gpus=1",
         "model.layers=6",
         "train.seq_len=4096",
         "train.micro_batch=4",
-        "train.batch_tokens=16384",
+        "train.batch_tokens=32768",  # two passes: the second finds the gradients of the first
         f"engine.recompute={recompute}",
     )
     planned = plan_stage(config).configured
     assert planned is not None
     one = rehearse_ranks(config, [0])[0]
-    assert planned.memory.allocated == pytest.approx(one.peak, rel=0.15)
+    assert planned.memory.allocated == pytest.approx(one.peak, rel=0.12)
 
 
 @pytest.mark.slow
