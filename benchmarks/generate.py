@@ -92,6 +92,7 @@ def llama_cpp(kind: str, folder: Path, threads: int, rows: int) -> Callable[[lis
 
     from internlm2.model.smollm2 import installed_file
 
+    lib.llama_log_set(_silent(lib), None)
     path = folder / f"{kind}.gguf"
     if not path.is_file():
         options = lib.llama_model_quantize_default_params()
@@ -99,7 +100,6 @@ def llama_cpp(kind: str, folder: Path, threads: int, rows: int) -> Callable[[lis
         options.allow_requantize = True
         if lib.llama_model_quantize(str(installed_file()).encode(), str(path).encode(), ctypes.byref(options)):
             raise RuntimeError(f"llama.cpp could not make {path.name}")
-    lib.llama_log_set(_silent(lib), None)
     settings = lib.llama_model_default_params()
     model = lib.llama_model_load_from_file(str(path).encode(), settings)
     context_settings = lib.llama_context_default_params()

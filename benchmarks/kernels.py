@@ -1,6 +1,6 @@
 """The CPU kernels against their rivals, interleaved in one process.
 
-    python benchmarks/kernels.py [--only attention,decode,linear,plain] [--threads 1 2] [--rounds 5] [--quick]
+    python benchmarks/kernels.py [--only attention,decode,linear,plain,model] [--threads 1 2] [--rounds 5] [--quick]
                                  [--json FILE]
 
 Each round measures ours and every rival once, in turn; a ratio is the median over rounds of theirs / ours, so a slow
@@ -11,6 +11,9 @@ decode     decode_attention against torch's SDPA; the bandwidth of its KV reads 
 linear     quantized_linear in 4 and 8 bits against F.linear in bfloat16, torch's int4 operator, llama.cpp's Q4_0;
            weights rotate through more memory than the caches hold
 plain      Linear against F.linear: float32 forward and both gradients, bfloat16 with a few rows
+model      training steps and batched generation of model=small with the compiled kernels and without them (torch's own)
+
+The machine's peaks are measured first, by the kernels that reach them: what a ratio can be at most follows from them.
 """
 
 import argparse
@@ -23,13 +26,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import ggml
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm2.ops import Linear, decode_attention, quantize_weight, quantized_linear, rope_attention
+from internlm2.config import ModelConfig
+from internlm2.config.compose import load_group
+from internlm2.generation import Engine, SamplingParams
+from internlm2.model.transformer import CausalLM
+from internlm2.ops import (
+    Linear,
+    decode_attention,
+    extension,
+    pack_weight,
+    packed_linear,
+    quantize_weight,
+    quantized_linear,
+    rope_attention,
+)
 from internlm2.ops.extension import instruction_set
 
 Sides = dict[str, Callable[[], object]]
@@ -241,6 +258,64 @@ def plain(bench: Bench) -> None:
         bench.compare("Linear float32", setting, {"ours": ours, "F.linear float32": theirs})
 
 
+def model(bench: Bench) -> None:
+    from train import STEPS
+    from train import ours as training  # imports transformers, which the other groups do without
+
+    config, length = load_group(ModelConfig, "model/small"), 2048
+    ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    sides = {
+        "ours": training(config, length, ids, bench.clock),
+        "kernels off": without_kernels(training(config, length, ids, bench.clock)),
+    }
+    bench.compare("training, model=small", f"{STEPS} steps of {length} tokens, bf16", sides)
+    network = CausalLM.from_config(config, dtype=torch.bfloat16, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(16, 65, (64,), generator=draw).tolist()
+    prompts = [torch.randint(3, config.vocab_size, (n,), generator=draw).tolist() for n in lengths]
+
+    def generating(quantize: str) -> Callable[[], object]:
+        engine, params = Engine(network, quantize=quantize), SamplingParams(temperature=0.0, max_new_tokens=64)
+        return lambda: engine.generate(prompts, params)
+
+    with mock.patch.object(extension, "loaded", return_value=False):
+        off = without_kernels(generating("none"))
+    for quantize in ("none", "w8", "w4"):
+        sides = {"ours": generating(quantize), "kernels off": off}
+        bench.compare("generation, model=small", f"64 rows x 64 tokens, quantize={quantize} (off: none)", sides)
+
+
+def without_kernels(run: Callable[[], object]) -> Callable[[], object]:
+    """The same in plain PyTorch, as on a machine without a compiler."""
+
+    def plainly() -> object:
+        with mock.patch.object(extension, "loaded", return_value=False):
+            return run()
+
+    return plainly
+
+
+def peaks(bench: Bench) -> None:
+    """Products that stay in cache, and a sum over memory: the rates that bound the ones above."""
+    x, weight = torch.randn(96, 1024), torch.randn(1024, 1024)
+    packed, wide = pack_weight(weight.bfloat16()), pack_weight(weight)
+    quantized, memory = quantize_weight(weight, 8), torch.zeros(16 << 20, dtype=torch.int64)
+    narrow, work = x.bfloat16(), 2 * x.numel() * len(weight) / 1e9
+    runs: dict[str, tuple[Callable[[], object], float, str]] = {
+        "bfloat16 products": (lambda: packed_linear(narrow, packed), work, "Gflop/s"),
+        "float32 products": (lambda: packed_linear(x, wide), work, "Gflop/s"),
+        "int8 products": (lambda: quantized_linear(narrow, quantized, 8), work, "Gop/s"),
+        "reading memory": (memory.sum, memory.nbytes / 1e9, "GB/s"),
+    }
+    for name, (run, amount, unit) in runs.items():
+        best = math.inf
+        for _ in range(20):
+            started = bench.clock()
+            run()
+            best = min(best, bench.clock() - started)
+        print(f"{name:33} {amount / best:9.1f} {unit}, {bench.threads} threads")
+
+
 def machine() -> str:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
@@ -249,7 +324,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    groups = {"attention": attention, "decode": decode, "linear": linear, "plain": plain}
+    groups = {"attention": attention, "decode": decode, "linear": linear, "plain": plain, "model": model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(groups), help="comma-separated groups")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -270,6 +345,7 @@ def main() -> None:
     records: list[dict[str, object]] = []
     for threads in arguments.threads:
         bench = Bench(threads, arguments.rounds, arguments.quick)
+        peaks(bench)
         for name in chosen:
             groups[name](bench)
         records += bench.records

@@ -1,6 +1,7 @@
 """Supervised fine-tuning tokens/s: this engine on packed conversations against TRL's SFTTrainer with packing.
 
     python benchmarks/sft.py [--model small] [--seq-len 2048] [--rounds 3] [--threads 2] [--clock cpu] [--json FILE]
+                             [--trl-from ENVIRONMENT/lib/python3.11/site-packages]
 
 Both sides fine-tune the same shape from random weights on the same dialogs out of the running Python (data=docstrings),
 tokenized by the same vocabulary, loss on the answers only, AdamW with clipping at 1.0. Ours: rows of the token stream,
@@ -8,7 +9,7 @@ bf16 weights with fp32 masters. TRL: `packing=True` (best fit decreasing) to the
 fp32 weights) with scaled-dot-product attention. Tokenizing and packing are done beforehand on both sides. Counted are
 the tokens of conversations that went through the model, without padding. `--clock cpu` counts processor seconds: on a
 busy machine, with --threads 1, only the ratio means something. TRL is skipped, with its install command, where it is
-not installed.
+not installed; `--trl-from` names the site-packages of another environment of the same Python that has it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -156,8 +158,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--trl-from", type=Path, help="site-packages folder that holds trl and datasets")
     parser.add_argument("--json", dest="json_file")
     options = parser.parse_args()
+    if options.trl_from is not None:
+        if not (options.trl_from / "trl").is_dir():
+            parser.error(f"--trl-from={options.trl_from} holds no trl")
+        sys.path.append(str(options.trl_from))  # behind our own: packages of both keep this environment's version
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(options.threads)
@@ -166,7 +173,7 @@ def main() -> None:
         shard = dialogs(Path(folder), min(model.vocab_size, 4096))
         sides = {"ours": ours(model, options.seq_len, shard, clock)}
         if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
-            print(f"TRL is not installed and left out: {INSTALL}")
+            print(f"TRL is not installed and left out: {INSTALL}, or name its environment with --trl-from")
         else:
             sides["TRL SFTTrainer, packing, bf16=True"] = rival(model, options.seq_len, shard, clock)
         rates: dict[str, list[float]] = {name: [] for name in sides}

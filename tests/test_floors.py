@@ -13,7 +13,8 @@ FLOORS = [
     {"config", "ops"},
     {"model", "run", "plan"},
     {"data", "engine", "generation"},
-    {"rlhf", "evaluate"},
+    {"rlhf"},
+    {"evaluate"},
     {"stages"},
     {"convert", "chat", "launch", "dry_run"},
 ]

@@ -394,8 +394,7 @@ static void linear_packed(const QuantizedLinear& a) {
       if (unpack) unpacked_strip<T, BITS>(w, x, tile, tiles, row, count, target, ldy);
     }
     for (int64_t t = 0; !unpack && t < tiles;)
-      // One stream at a time comes closer to the memory's bandwidth where there is but one row.
-      if (tiles - t >= Shape::TILES && a.rows > 1) {
+      if (tiles - t >= Shape::TILES && (ACT_BITS == 8 || a.rows > 1)) {
         block(tile + t, std::integral_constant<int, Shape::TILES>{}, row, count, target + t * TILE, ldy);
         t += Shape::TILES;
       } else {

@@ -21,7 +21,7 @@ def check(config: Config) -> None:
     if config.stage.kind == "recipe":
         return
     check_model(config.model)
-    check_engine(config.engine, config.model)
+    check_engine(config.engine, config.model, config.frozen)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
     if config.stage.kind == "reward":

@@ -5,7 +5,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from internlm2.config.schema import RopeScalingConfig, _key
+from internlm2.config.generation import GenerationConfig
+from internlm2.config.keys import key as _key
+from internlm2.config.schema import RopeScalingConfig
 
 
 @dataclass
@@ -141,15 +143,6 @@ SUITES: dict[str, type[SuiteConfig]] = {
     "pairwise": PairwiseSuite,
     "contamination": ContaminationSuite,
 }
-
-
-@dataclass
-class GenerationConfig:
-    """How answers are generated."""
-
-    max_rows: int = _key(minimum=1)
-    kv_tokens: int = _key(minimum=64)
-    quantize: str = _key(choices=("none", "w8", "w4"))
 
 
 @dataclass

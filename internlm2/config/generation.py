@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from omegaconf import MISSING
+
 from internlm2.config.keys import key
 
 QUANTIZATIONS = ("none", "w8", "w4")
@@ -21,3 +23,4 @@ class FrozenConfig:
     """Models that are only read: PPO's reference and reward models."""
 
     quantize: str = key(choices=QUANTIZATIONS)
+    shard: bool = MISSING

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from internlm2.config.cluster import ClusterConfig, LaunchConfig
 from internlm2.config.generation import FrozenConfig, GenerationConfig
 from internlm2.config.keys import key as _key
+from internlm2.config.length_proof import LengthProofConfig
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
 from internlm2.config.reward import RewardConfig
@@ -238,7 +239,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "length_proof", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -273,3 +274,4 @@ class Config:
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None
     rounds: RoundsConfig | None = None
+    length_proof: LengthProofConfig | None = None  # of stage=length_proof alone

@@ -9,6 +9,7 @@ from internlm2.config.errors import ConfigError
 from internlm2.config.keys import key
 
 if TYPE_CHECKING:
+    from internlm2.config.generation import FrozenConfig
     from internlm2.config.schema import Config, EngineConfig, ModelConfig
 
 ENGINES = ("single", "zero1", "zero2", "zero3")
@@ -28,7 +29,7 @@ class ZeroConfig:
     persistent_parameters: int = key(minimum=0)
 
 
-def check_engine(engine: "EngineConfig", model: "ModelConfig") -> None:
+def check_engine(engine: "EngineConfig", model: "ModelConfig", frozen: "FrozenConfig") -> None:
     """Raise ConfigError for engine keys that do not fit each other or the model."""
     degree = engine.sequence_parallel
     if model.kv_heads % degree:
@@ -46,6 +47,11 @@ def check_engine(engine: "EngineConfig", model: "ModelConfig") -> None:
         raise ConfigError(
             f"engine.zero.offload=parameters needs engine=zero3, which alone shards the parameters. "
             f"engine={engine.name} can offload the optimizer: engine.zero.offload=optimizer."
+        )
+    if frozen.shard and (engine.name != "zero3" or frozen.quantize != "none"):
+        raise ConfigError(
+            f"frozen.shard=true needs engine=zero3 and frozen.quantize=none, not engine={engine.name} and "
+            f"frozen.quantize={frozen.quantize}."
         )
     if engine.zero.gather_bucket % 2:
         raise ConfigError(f"engine.zero.gather_bucket={engine.zero.gather_bucket} must be even.")

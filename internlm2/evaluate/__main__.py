@@ -49,23 +49,22 @@ def evaluate(source: str, config: EvaluateConfig) -> None:
     """Load the model, run the suite, write and print what it found."""
     import time
 
-    from internlm2.evaluate.results import save
-    from internlm2.evaluate.subject import load_subject
+    from internlm2.evaluate.results import output_folder, save
+    from internlm2.evaluate.subject import stage_of
     from internlm2.evaluate.suites import run_suite
 
     started = time.perf_counter()
-    subject = load_subject(source, config)
-    results = run_suite(subject, config)
-    for result in results:
+    for result in run_suite(source, config):
         result.seconds = time.perf_counter() - started
         print(result.text())
-        for path in save(result, subject, config):
+        for path in save(result, output_folder(source, config), source, config):
             print(f"written   {path}")
-    if subject.stage is not None:
+    stage = stage_of(source)
+    if stage is not None:
         from internlm2.run.report import write_report, write_stage_report
 
-        write_stage_report(subject.stage)
-        print(f"report    {write_report(subject.stage.parent)}")
+        write_stage_report(stage)
+        print(f"report    {write_report(stage.parent)}")
 
 
 if __name__ == "__main__":

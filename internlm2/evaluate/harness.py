@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401  its own models, which it forgets where another was registered first
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -55,7 +56,10 @@ class InternLM2Harness(TemplateLM):
             keys.pop("device", None)
         device = str(keys.pop("device", "auto")).split(":")[0]
         overrides = [f"{key}={value}" for key, value in keys.items()]
-        self.subject: Subject = load_subject(str(path), compose_evaluation([f"device={device}", *overrides]))
+        config = compose_evaluation([f"device={device}", *overrides])
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.subject: Subject = load_subject(str(path), config)
         self.max_length = int(max_length or self.subject.trained_to)
 
     @property

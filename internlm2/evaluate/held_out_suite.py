@@ -22,7 +22,7 @@ from internlm2.data.validation import long_validation_rows, validation_rows
 from internlm2.evaluate.batching import batches
 from internlm2.evaluate.position import LossByPosition, loss_by_position
 from internlm2.evaluate.results import Headline, Result
-from internlm2.evaluate.subject import Subject
+from internlm2.evaluate.subject import Subject, stage_of
 from internlm2.model.transformer import CausalLM
 
 
@@ -114,11 +114,12 @@ def by_position(subject: Subject, measured: LossByPosition, name: str) -> Result
 
 def corpus_of(subject: Subject) -> tuple[Corpus, list[str]]:
     """The corpus that the run was trained on, with its hold-out, and the sources of its mixture."""
-    if subject.stage is None:
+    stage = stage_of(subject.source)
+    if stage is None:
         raise ConfigError(
             f"{subject.source} is no run with a corpus of its own: name texts, for instance +suite.texts.mine=texts/"
         )
-    stored = yaml.safe_load((subject.stage / "config.yaml").read_text(encoding="utf-8"))
+    stored = yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8"))
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), stored["data"]))
     assert isinstance(settings, DataConfig)
     if settings.tokenizer.kind == "inherit" or not _exists(settings.tokenizer.path):
@@ -127,7 +128,7 @@ def corpus_of(subject: Subject) -> tuple[Corpus, list[str]]:
     names = [source for source, weight in weights.items() if weight > 0]
     tokenizer, corpus = prepare(settings, subject.model.config.vocab_size, progress=False, sources=names)
     if tokenizer.fingerprint != subject.tokenizer.fingerprint:
-        raise ConfigError(f"{subject.stage}: the corpus is tokenized with another tokenizer than the model's.")
+        raise ConfigError(f"{stage}: the corpus is tokenized with another tokenizer than the model's.")
     return corpus, names
 
 

@@ -48,7 +48,7 @@ class NeedleMap:
     lengths: list[int]
     depths: list[float]
     accuracy: list[list[float]]
-    asked: int  # in each cell
+    asked: list[int]  # in each cell of a length
 
     def at(self, length: int) -> float:
         """Mean over the depths of one length."""
@@ -79,7 +79,9 @@ class Haystacks:
             needle = words.needle_of(derive_key(key, "needle"))
             before, after = self._frame(words, needle)
             hidden = self.tokenizer.encode(words.space + needle.sentence)
-            answer = len(self.tokenizer.encode(needle.answer))
+            # A chat answers in a sentence, which should fit into the length as well.
+            wanted = needle.sentence if self.chat else needle.answer
+            answer = len(self.tokenizer.encode(wanted)) + self.chat
             room = length - len(before) - len(hidden) - len(after) - answer
             if room < 0:
                 raise ConfigError(
@@ -165,7 +167,7 @@ def needle_map(answers: Sequence[Answer]) -> NeedleMap:
     for answer in answers:
         cells.setdefault((answer.question.length, answer.question.depth), []).append(answer.right)
     accuracy = [[sum(cells[length, depth]) / len(cells[length, depth]) for depth in depths] for length in lengths]
-    return NeedleMap(lengths, depths, accuracy, len(next(iter(cells.values()))))
+    return NeedleMap(lengths, depths, accuracy, [len(cells[length, depths[0]]) for length in lengths])
 
 
 def _nearest(places: Sequence[int], wanted: float) -> int:

@@ -62,7 +62,8 @@ def map_result(answers: Sequence[Answer], name: str, language: str, trained_to: 
             headline.append(
                 Headline(f"needle, {language}, found {label} {trained_to:,} tokens", mean, bootstrap(values, seed))
             )
-    note = f"Exact match, {found.asked} haystacks in each cell; the model was trained to {trained_to:,} tokens."
+    asked = " to ".join(map(str, sorted({min(found.asked), max(found.asked)})))
+    note = f"Exact match, {asked} haystacks in each cell; the model was trained to {trained_to:,} tokens."
     return Result(
         name=f"{name}_{language}",
         title=f"Needle in a haystack, {language}",

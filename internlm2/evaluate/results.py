@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from internlm2.config.evaluate import EvaluateConfig
-from internlm2.evaluate.subject import Subject
+from internlm2.evaluate.subject import stage_of
 from internlm2.run.atomic import replace_text
 from internlm2.run.figures import heat_map_png
 
@@ -48,8 +48,8 @@ class Result:
     records: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def content(self, source: str, config: EvaluateConfig) -> dict[str, Any]:
-        """The JSON file; what is not finite is null there."""
+    def content(self, source: str, settings: Any) -> dict[str, Any]:
+        """The JSON file; what is not finite is null there. `settings`: the dataclass that it was made with."""
         content: dict[str, Any] = {"title": self.title, "note": self.note, **(self.figure or {})}
         if self.heat_map:
             content["heat_map"] = self.heat_map
@@ -58,7 +58,7 @@ class Result:
         content |= {
             "headline": [asdict(line) for line in self.headline],
             "source": source,
-            "settings": OmegaConf.to_container(OmegaConf.structured(config)),
+            "settings": OmegaConf.to_container(OmegaConf.structured(settings)),
             "seconds": round(self.seconds, 1),
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
@@ -85,12 +85,11 @@ class Result:
         return stream.getvalue().rstrip()
 
 
-def save(result: Result, subject: Subject, config: EvaluateConfig) -> list[Path]:
+def save(result: Result, folder: Path, source: str, settings: Any) -> list[Path]:
     """Write <name>.json, <name>.jsonl with the single items, and a picture of a heat map."""
-    folder = output_folder(subject, config)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{result.name}.json"]
-    content = result.content(subject.source, config)
+    content = result.content(source, settings)
     replace_text(written[0], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if result.records:
         written.append(folder / f"{result.name}.jsonl")
@@ -102,13 +101,14 @@ def save(result: Result, subject: Subject, config: EvaluateConfig) -> list[Path]
     return written
 
 
-def output_folder(subject: Subject, config: EvaluateConfig) -> Path:
+def output_folder(source: str, config: EvaluateConfig) -> Path:
     """`output`, or evaluation/ of the model's run directory, or evaluations/<name>."""
     if config.output is not None:
         return Path(config.output).expanduser()
-    if subject.stage is not None:
-        return subject.stage / "evaluation"
-    return Path("evaluations") / re.sub(r"[^\w.-]+", "_", subject.source.strip("/"))
+    stage = stage_of(source)
+    if stage is not None:
+        return stage / "evaluation"
+    return Path("evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("/"))
 
 
 def _map_rows(heat_map: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The model that is evaluated: its weights, its tokenizer, the run that it comes from."""
+"""The model that is evaluated, its tokenizer, and the run that it comes from."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +19,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class Subject:
-    """A model under evaluation. `stage`: the run directory of the stage that made it, where there is one."""
+    """A model under evaluation."""
 
     source: str
     model: CausalLM
     tokenizer: Tokenizer
-    stage: Path | None
     generation: GenerationConfig
     batch_tokens: int
 
@@ -60,11 +59,7 @@ class Subject:
 
 def load_subject(source: str, config: EvaluateConfig) -> Subject:
     """Load the model that `source` names. Raises ConfigError."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device here: use device=cpu or auto.")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(config)
     path = weights_of(source)
     weights = open_weights(path)
     folder = config.tokenizer or weights.tokenizer
@@ -84,7 +79,14 @@ def load_subject(source: str, config: EvaluateConfig) -> Subject:
     )
     load_weights(model, weights, source)
     model.eval().requires_grad_(False)
-    return Subject(source, model, tokenizer, stage_of(source), config.generation, config.batch_tokens)
+    return Subject(source, model, tokenizer, config.generation, config.batch_tokens)
+
+
+def device_of(config: EvaluateConfig) -> str:
+    """What `device` means here. ConfigError where it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device here: use device=cpu or auto.")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def weights_of(source: str) -> str:

@@ -69,7 +69,8 @@ class Annotator(Protocol):
 
 
 def compare(answers: Sequence[Answer], count: int, seed: int, name: str) -> list[Comparison]:
-    """At most `count` comparisons of different answers to the same prompt and domain, in a random order.
+    """At most `count` comparisons of different answers to the same prompt and domain, in a random order. Empty answers
+    are left out: no reader of preferences takes them.
 
     Every two answers to a prompt may be compared, those of one policy too; a prompt gives a second comparison only
     after each gave one. `name` begins the ids.
@@ -82,7 +83,8 @@ def compare(answers: Sequence[Answer], count: int, seed: int, name: str) -> list
         rng = Random(derive_key(seed, "comparisons", name, number))
         texts: dict[str, Answer] = {}
         for answer in group:
-            texts.setdefault(answer.text, answer)
+            if answer.text.strip():
+                texts.setdefault(answer.text, answer)
         pairs = sorted(combinations(texts.values(), 2), key=lambda pair: rng.random())
         for turn, (one, other) in enumerate(pairs):
             swap = rng.random() < 0.5

@@ -30,12 +30,13 @@ def write_stage_report(stage: Path) -> Path:
 def write_report(run_root: Path, stages: Sequence[str] | None = None) -> Path:
     """Write `run_root`/report.html over its stages and return its path.
 
-    `stages`: names in the order of the recipe; by default every directory below with metrics (a stage's own, and those
-    inside it, such as the rounds of PPO), in the order of their first start.
+    `stages`: names in the order of the recipe; by default every directory below with metrics or figures (a stage's
+    own, and those inside it, such as the rounds of PPO), in the order of their first start.
     """
     if stages is None:
-        folders = [file.parent for file in run_root.rglob("metrics.jsonl")]
-        found = [read_stage(folder, folder.relative_to(run_root).as_posix()) for folder in folders]
+        folders = {file.parent for file in run_root.rglob("metrics.jsonl")}
+        folders |= {file.parent.parent for file in run_root.rglob("evaluation/*.json")}  # stages that train nothing
+        found = [read_stage(folder, folder.relative_to(run_root).as_posix()) for folder in sorted(folders)]
         found.sort(key=lambda stage: stage.starts[0]["time"] if stage.starts else "")
     else:
         found = [read_stage(run_root / name, name) for name in stages if (run_root / name / "metrics.jsonl").exists()]

@@ -173,7 +173,7 @@ def make_experience(trainer: Trainer, rollouts: list[Rollout]) -> tuple[Experien
     if models.critic is not None:
         with whole(models.critic) as model:
             (critic,) = each_token(lambda row: [state_values(model, row)], rollouts, packs, device)
-    scores = torch.tensor(models.reward([as_sample(rollout) for rollout in rollouts]), dtype=torch.float64)
+    scores = torch.tensor(models.score([as_sample(rollout) for rollout in rollouts]), dtype=torch.float64)
     shaped = shape(trainer, scores, rollouts)
     numbers = answer_numbers(scores, shaped, old, reference, bounds)
     penalty = trainer.controller.coefficient * k1(old, reference) if ppo.kl.place == "reward" else torch.zeros_like(old)
@@ -200,7 +200,7 @@ def policy_logprobs(
     ppo, models, device = trainer.ppo, trainer.models, trainer.models.actor.device
     temperature = ppo.rollout.temperature
     found: dict[str, Any] = {}
-    with whole(models.actor) as model:
+    with whole(models.actor) as model, models.reading("reference"):
         if ppo.old_logprobs == "recomputed":
             old, entropy = each_token(lambda row: token_numbers(model, row, temperature), rollouts, packs, device)
             found["entropy"] = token_spread(entropy, trainer.total)[0]

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from internlm2.config import Config, ConfigError
 from internlm2.config.ppo_memory import check_memory
 from internlm2.engine.base import Engine
 from internlm2.engine.build import build_engine, place_of_new_model, prepare_device
+from internlm2.engine.frozen import FrozenModel
 from internlm2.engine.single import DTYPES
 from internlm2.generation.build import build_generator, describe_generation
 from internlm2.model.adapters import add_adapters, describe, merged_weights
@@ -25,7 +27,7 @@ from internlm2.ops import describe_quantize, quantize_linears_
 from internlm2.ops.attention import describe_backend
 from internlm2.rlhf.frozen import ReferencePolicy, freeze, frozen_tensors, weights_hash
 from internlm2.rlhf.rewards import ModelReward, RewardFunction, RuleReward
-from internlm2.rlhf.rollout import Sampler
+from internlm2.rlhf.rollout import Sample, Sampler
 from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.ranks import from_environment
 
@@ -42,12 +44,27 @@ class Models:
     reward: RewardFunction
     sampler: Sampler
     plain: CausalLM  # what the sampler reads: the actor itself, or a copy with its adapters merged
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    frozen: dict[str, FrozenModel] = field(default_factory=dict)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each frozen model's weights; under adapters the actor's own base is the reference."""
-        with self.actor.whole():
-            return {name: weights_hash(frozen_tensors(module)) for name, module in self.frozen.items()}
+        found = {}
+        if self.reference.shared:
+            with self.actor.whole() as module:
+                found["reference"] = weights_hash(frozen_tensors(module))
+        for name in self.frozen:
+            with self.reading(name) as module:
+                found[name] = weights_hash(frozen_tensors(module))
+        return found
+
+    def reading(self, name: str) -> AbstractContextManager[Any]:
+        """The frozen model `name` with all its weights on this rank for a while; nothing where there is none."""
+        return self.frozen[name].whole() if name in self.frozen else contextlib.nullcontext()
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """The reward function's scores of this rank's answers."""
+        with self.reading("reward"):
+            return self.reward(samples)
 
 
 def check_machine(config: Config) -> None:
@@ -72,7 +89,7 @@ def build_models(config: Config, *, policy: Path, reference: Path, reward: Path 
     assert ppo is not None
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
-    frozen: dict[str, nn.Module] = {}
+    frozen: dict[str, FrozenModel] = {}
     model = _language_model(config, policy, place_of_new_model(config.engine, device))
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
@@ -82,11 +99,11 @@ def build_models(config: Config, *, policy: Path, reference: Path, reward: Path 
     shared = config.adapter.kind != "none" and reference == policy
     if shared:
         log.info("reference: the actor with its adapters off")
-    base = model if shared else _frozen(_language_model(config, reference, device), config, "reference")
-    frozen["reference"] = base
+    base = model if shared else _language_model(config, reference, _place_of_frozen(config, device))
+    if not shared:
+        frozen["reference"] = _frozen(base, config, "reference", device)
     if isinstance(reward, Path):
-        reward_function, module = _reward_model(config, reward, device)
-        frozen["reward"] = module
+        reward_function, frozen["reward"] = _reward_model(config, reward, device)
     else:
         reward_function = RuleReward(str(ppo.reward.rule)) if reward is None else reward
     critic_engine = None
@@ -98,7 +115,7 @@ def build_models(config: Config, *, policy: Path, reference: Path, reward: Path 
     return Models(
         actor,
         critic_engine,
-        ReferencePolicy(cast(CausalLM, base), shared=shared),
+        ReferencePolicy(base, shared=shared),
         reward_function,
         sampler,
         plain,
@@ -165,29 +182,33 @@ def _critic(config: Config, policy: Path, reward: Path | None, device: torch.dev
     return critic
 
 
-def _frozen(model: nn.Module, config: Config, name: str) -> nn.Module:
-    """In the training dtype, or quantized."""
+def _place_of_frozen(config: Config, device: torch.device) -> torch.device:
+    return place_of_new_model(config.engine, device) if config.frozen.shard else device
+
+
+def _frozen(model: nn.Module, config: Config, name: str, device: torch.device) -> FrozenModel:
+    """In the training dtype, or quantized; whole on every rank, or spread over them."""
     freeze(model.to(DTYPES[config.engine.dtype]))
     quantize_linears_(model, config.frozen.quantize)
-    device = next(model.parameters()).device
-    log.info("%s: frozen, %s", name, describe_quantize(config.frozen.quantize, device))
-    return model
+    frozen = FrozenModel(model, config.engine, device, sharded=config.frozen.shard)
+    where = "sharded over the ranks" if frozen.sharded else describe_quantize(config.frozen.quantize, device)
+    log.info("%s: frozen, %s", name, where)
+    return frozen
 
 
-def _reward_model(config: Config, source: Path, device: torch.device) -> tuple[RewardFunction, nn.Module]:
+def _reward_model(config: Config, source: Path, device: torch.device) -> tuple[RewardFunction, FrozenModel]:
     """The conditional reward model, with its own tokenizer and conditions."""
     assert config.ppo is not None
     scorer = RewardScorer.load(
         source,
-        device=device,
+        device=_place_of_frozen(config, device),
         dtype=DTYPES[config.engine.dtype],
         attention=config.engine.attention,
         batch_tokens=config.ppo.micro_batch_tokens,
     )
     log.info("reward model from %s", source)
-    assert config.ppo is not None
     reward = ModelReward(scorer, config.ppo.reward.system_turn)
-    return reward, _frozen(scorer.model, config, "reward model")
+    return reward, _frozen(scorer.model, config, "reward model", device)
 
 
 def _merged_copy(config: Config, model: CausalLM) -> CausalLM:

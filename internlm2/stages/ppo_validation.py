@@ -38,7 +38,7 @@ class Validation:
         packs = plan([sequence_tokens(rollout) for rollout in rollouts], trainer.ppo.micro_batch_tokens)
         logprobs, reference, _ = policy_logprobs(trainer, rollouts, packs)
         samples = [as_sample(rollout) for rollout in rollouts]
-        scores = torch.tensor(trainer.models.reward(samples), dtype=torch.float64)
+        scores = torch.tensor(trainer.models.score(samples), dtype=torch.float64)
         shaped = shape(trainer, scores, rollouts, training=False)
         gold = None if self.gold is None else torch.tensor(self.gold(samples), dtype=torch.float64)
         numbers = answer_numbers(scores, shaped, logprobs, reference, bounds_of(rollouts), gold)

@@ -17,16 +17,23 @@ from internlm2.engine.checkpoint_format import CheckpointError
 from internlm2.engine.guard import TrainingStopped
 from internlm2.run.console import duration, logging_to, quantity
 from internlm2.run.directory import RunDirectory, RunLocked
+from internlm2.run.evaluation_section import gains
 from internlm2.run.provenance import record_end
 from internlm2.run.ranks import from_environment
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.run.stage_summary import read_stage
-from internlm2.stages import ppo, pretrain, reward, sft
+from internlm2.stages import length_proof, ppo, pretrain, reward, sft
 from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
 
-STAGES = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+STAGES = {
+    "pretrain": pretrain.run,
+    "sft": sft.run,
+    "reward": reward.run,
+    "ppo": ppo.run,
+    "length_proof": length_proof.run,
+}
 
 
 def run_stages(configs: Sequence[Config]) -> None:
@@ -83,6 +90,9 @@ def summarise(root: Path, configs: Sequence[Config]) -> None:
         stage = read_stage(root / config.stage.name)
         if (root / config.stage.name / "round_1").exists():
             print("\n".join(ppo.describe_rounds(root / config.stage.name)))
+            continue
+        if not stage.steps:
+            print(f"{stage.name:14}{'; '.join(gains(stage))}")
             continue
         what, key = ("score", "score") if config.stage.kind == "ppo" else ("training loss", "loss")
         first = next((value for value in stage.column(key) if value is not None), math.nan)

@@ -121,9 +121,11 @@ class RoundModels:
                 )
             weights[stage] = dict(weights["audit"])
             config.seed += 1
+        # New pairs are all seen, also where the stage is shorter than an epoch.
+        passes = max(1.0, 1.0 / (config.train.epochs or 1.0))
         for file in files:
             config.data.sources[file.stem] = SourceConfig(kind="preferences", path=str(file))
-            weights[stage][file.stem] = 1.0
+            weights[stage][file.stem] = passes
         if config.train.epochs:
             config.train.steps = config.train.tokens = None  # as many steps as the larger data take
         return config

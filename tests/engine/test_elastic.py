@@ -9,7 +9,7 @@ from rank_training import ROWS, SPLITTING, start, train
 
 from internlm2.engine.base import KINDS
 from internlm2.engine.checkpoint import CheckpointWriter
-from internlm2.engine.checkpoint_format import step_directory
+from internlm2.engine.checkpoint_format import CheckpointError, step_directory
 from internlm2.engine.checkpoint_reader import CheckpointReader, restore_newest
 from tests.ranks import run_ranks
 
@@ -149,3 +149,27 @@ def test_a_full_disk_under_one_rank_fails_the_save_on_all(tmp_path):
     assert "the rank of rank00001.safetensors could not write its part" in first
     assert "is full" in second
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["step_00000002"]
+
+
+def spoilt(directory: str):
+    """Rank 1 owns a weight that is not a number: neither rank saves, and what was saved before stays."""
+    engine = start("zero1")
+    writer = CheckpointWriter(Path(directory), rank=engine.rank, world_size=engine.world_size, keep_last=1)
+    engine.reduce_sum([0.0])
+    train(engine, 1)
+    writer.save(engine, {"position": 1})
+    train(engine, 1)
+    if engine.rank == 1:
+        next(iter(engine.fragments(("exp_avg_sq",)))).view[3] = float("nan")
+    try:
+        writer.save(engine, {"position": 2})
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_that_are_no_numbers_on_one_rank_are_saved_by_none(tmp_path):
+    first, second = run_ranks(spoilt, 2, str(tmp_path))
+    assert "a tensor of another rank is not finite" in first
+    assert "exp_avg_sq of" in second
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000001"]

@@ -7,7 +7,7 @@ import torch
 from rank_training import SPLITTING, engine_config, run, start, step_rows, train
 from tiny_training import OPTIM, Model, cross_entropy, make_rows
 
-from internlm2.config import ConfigError
+from internlm2.config import ConfigError, FrozenConfig
 from internlm2.config.zero import check_engine
 from internlm2.engine.base import LossSum
 from internlm2.engine.build import build_engine
@@ -216,4 +216,4 @@ class Shape:
 def test_keys_that_do_not_fit(changes, message):
     name = changes.pop("name")
     with pytest.raises(ConfigError, match=message):
-        check_engine(engine_config(name, **changes), Shape())
+        check_engine(engine_config(name, **changes), Shape(), FrozenConfig("none", False))

@@ -70,7 +70,7 @@ def export(model, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def subject(model, tokenizer) -> Subject:
-    return Subject("small", model, tokenizer, None, GenerationConfig(16, 8192, "none"), 2048)
+    return Subject("small", model, tokenizer, GenerationConfig(max_rows=16, kv_tokens=8192, quantize="none"), 2048)
 
 
 @pytest.fixture(autouse=True, scope="module")

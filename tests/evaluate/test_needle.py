@@ -21,8 +21,8 @@ def test_prompts_have_the_length_that_was_asked_for(tokenizer, language, chat):
         questions = list(haystacks.questions(language, length, DEPTHS, 2, seed=5))
         assert len(questions) == 2 * len(DEPTHS)
         for question in questions:
-            answer = tokenizer.encode(question.needle.answer)
-            assert len(question.ids) + len(answer) == length
+            answer = tokenizer.encode(question.needle.sentence) if chat else tokenizer.encode(question.needle.answer)
+            assert len(question.ids) + len(answer) + chat == length
             text = tokenizer.decode(question.ids)
             assert text.count(question.needle.sentence) == 1
             assert text.count(question.needle.answer) == 1
@@ -103,7 +103,7 @@ def test_the_map_counts_by_length_and_depth(tokenizer):
     found = needle_map(ask(Copier(tokenizer), tokenizer, questions))
     assert found.lengths == [300, 500]
     assert found.accuracy == [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
-    assert found.asked == 3
+    assert found.asked == [3, 3]
     assert found.at(300) == pytest.approx(1 / 3)
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -41,6 +42,13 @@ def test_comparisons_are_of_one_prompt_and_different_texts():
     assert max(prompts.values()) == 2
     assert comparisons == compare(answers(), 60, 0, "round-1")
     assert comparisons != compare(answers(), 60, 1, "round-1")
+
+
+def test_an_empty_answer_is_not_compared():
+    some = [answer if place % 3 else replace(answer, text=" ") for place, answer in enumerate(answers(20))]
+    comparisons = compare(some, 100, 0, "r")
+    assert comparisons
+    assert all(side.text.strip() for comparison in comparisons for side in (comparison.first, comparison.second))
 
 
 def test_the_order_tells_nothing_about_the_policy():

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,12 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from internlm2.config.compose import compose_stages, register_schema
 from internlm2.config.zero import check_ranks
 from internlm2.engine.checkpoint_format import list_checkpoints
+from internlm2.model.weights import load_model
 from internlm2.run.metrics import read_records
 from internlm2.run.ranks import from_environment
 from internlm2.stages.recipe import run_stages
 from internlm2.stages.supervised import Job
 from tests.ranks import Forked
-from tests.stages.conftest import REPOSITORY
+from tests.stages.conftest import REPOSITORY, TINY
+from tests.stages.test_sft import base, dialogs  # noqa: F401 (fixtures)
 
 SPLITTING = 3e-5  # the round-off of splitting a batch in another way
 
@@ -172,3 +175,27 @@ def test_ranks_that_do_not_fit(command, tmp_path, overrides, message):
     forked = start(command, tmp_path, 2, "train.micro_batch=1", *overrides)
     assert forked.wait() == [1, 1]
     assert message in (forked.folder / "1.error").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "engine"), [("lora", "zero3"), ("qlora", "zero1"), ("none", "zero2")])
+def test_fine_tuning_on_two_ranks(base, dialogs, tmp_path, adapter, engine):  # noqa: F811
+    """Adapters on frozen weights that are sharded, or quantized: records, samples and the merged export."""
+    kept = [text for text in TINY if not text.startswith(("stage=", "run.samples", "checkpoint.export", "train.steps"))]
+    words = ["stage=sft", "data=talk", *kept, f"hydra.searchpath=[file://{dialogs}]", f"init_from={base}"]
+    words += [f"adapter={adapter}", "adapter.rank=4", "optim.lr=0.01", "train.micro_batch=1", "train.steps=6"]
+    words += ["optim.eps=1e-6", "run.samples=[add 3 and 4]", "run.sample_tokens=4"]
+    stages = []
+    for ranks, name in ((1, "single"), (2, engine)):
+        root = tmp_path / name
+        root.mkdir()
+        Forked(run_rank, ranks, [*words, f"root={root}", f"engine={name}"], str(root)).results(300)
+        stages.append(root / "smoke/sft")
+    same_records(stages[1], stages[0])
+    samples = [sorted((stage / "samples").glob("*.txt")) for stage in stages]
+    assert [file.name for file in samples[0]] == [file.name for file in samples[1]]
+    assert len(samples[0]) == 2
+    one, other = (load_model(stage / "export") for stage in stages)
+    for (key, ours), theirs in zip(other.named_parameters(), one.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3), key
+    assert (stages[1] / "adapter").exists() == (adapter != "none")

@@ -59,8 +59,7 @@ def one_process(policy, caches, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (2, ["engine=zero1"]),
-        (2, ["engine=zero3"]),
+        (2, ["engine=zero3", "frozen.shard=true"]),
         (4, ["engine=zero2"]),
     ],
     ids=lambda value: str(value),
