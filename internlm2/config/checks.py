@@ -24,7 +24,7 @@ def check(config: Config) -> None:
     check_engine(config.engine, config.model, config.frozen)
     _check_lengths(config)
     _check_schedule(config.optim, "optim")
-    if config.stage.kind == "reward":
+    if config.stage.kind in ("reward", "conflict"):
         check_reward(config.reward, config.train.seq_len, config.train.batch_tokens)
     if config.stage.kind == "ppo":
         check_ppo(config.ppo, config.prompts, config.model.max_position_embeddings, config.generation.quantize)
@@ -117,7 +117,7 @@ def _check_lengths(config: Config) -> None:
         )
     forward_tokens = train.seq_len * train.micro_batch
     # Batches of pairs hold as many as fit.
-    if config.stage.kind != "reward" and train.batch_tokens % forward_tokens:
+    if config.stage.kind not in ("reward", "conflict") and train.batch_tokens % forward_tokens:
         nearest = max(1, round(train.batch_tokens / forward_tokens)) * forward_tokens
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} must be a multiple of train.seq_len x train.micro_batch = "

@@ -37,7 +37,7 @@ def ppo_memory(config: Config, ranks: int = 1) -> list[ModelMemory]:
 
     Trained in bf16: weights 2 bytes a parameter, fp32 masters 4, two moments 8, fp32 gradient sums 4; in fp32 the
     weights are their own masters. ZeRO divides the masters and moments (zero1), gradients (zero2) and weights (zero3)
-    among the ranks; frozen models and the sampler are whole on each. Activations and the KV cache come on top.
+    among the ranks; frozen.shard does so with the frozen models. Activations and the KV cache come on top.
     """
     assert config.ppo is not None
     ppo, size = config.ppo, BYTES[config.engine.dtype]
@@ -46,7 +46,8 @@ def ppo_memory(config: Config, ranks: int = 1) -> list[ModelMemory]:
     models = [_trained("actor", total, config, ranks)]
     if ppo.has_critic:
         models.append(_trained("critic", total - head, config, ranks))
-    frozen = _QUANTIZED.get(config.frozen.quantize, size)
+    spread = ranks if config.frozen.shard and config.engine.name != "single" else 1
+    frozen = _QUANTIZED.get(config.frozen.quantize, size) / spread
     if config.adapter.kind == "none":
         models.append(ModelMemory("reference", total, total * frozen))
     if ppo.reward.kind == "model":

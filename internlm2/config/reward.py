@@ -31,6 +31,14 @@ class RewardConfig:
     validation_pairs: int | None = key(minimum=1)
 
 
+@dataclass
+class ConflictConfig:
+    """The experiment that trains reward models with and without conditions from the same start."""
+
+    seeds: list[int] = MISSING
+    processes: int = key(minimum=1)
+
+
 def check_reward(reward: RewardConfig | None, seq_len: int, batch_tokens: int) -> None:
     """Rules between the keys of stage=rm. Raises ConfigError."""
     if reward is None:

@@ -33,7 +33,7 @@ class HacksConfig:
 class AuditConfig:
     """The second reward model, which is never optimised against, and when it raises the alarm."""
 
-    enabled: bool = MISSING
+    enabled: bool | None = MISSING
     share: float = key(minimum=0.0, maximum=0.9)
     gain_ratio: float = key(minimum=0.0)
     correlation: float = key(minimum=-1.0, maximum=1.0)

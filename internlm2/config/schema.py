@@ -14,7 +14,7 @@ from internlm2.config.keys import key as _key
 from internlm2.config.length_proof import LengthProofConfig
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
-from internlm2.config.reward import RewardConfig
+from internlm2.config.reward import ConflictConfig, RewardConfig
 from internlm2.config.rounds import RoundsConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
 
@@ -239,7 +239,7 @@ class StageConfig:
     """Which stage runs; `stages` is the order of `stage=recipe`."""
 
     name: str = MISSING
-    kind: str = _key(choices=("pretrain", "sft", "reward", "ppo", "length_proof", "recipe"))
+    kind: str = _key(choices=("pretrain", "sft", "reward", "conflict", "ppo", "length_proof", "recipe"))
     previous: str | None = MISSING
     stages: list[str] = MISSING
 
@@ -270,6 +270,7 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     reward: RewardConfig | None = None  # of stage=rm alone; null elsewhere
+    conflict: ConflictConfig | None = None  # of experiment=conflict alone
     # Of stage=ppo alone; null elsewhere.
     prompts: PromptsConfig | None = None
     ppo: PPOConfig | None = None

@@ -119,7 +119,7 @@ class PreferencePairs:
         base = int(self.first_sequence[source])
         for start, stop in itertools.pairwise([*starts.tolist(), len(records)]):
             domain = self.domains.index(shard.domains[int(domain_index[start])])
-            hashes = [self._hash(base + document) for document in range(start, stop)]
+            hashes = [self.digest(base + document) for document in range(start, stop)]
             for a, b in itertools.combinations(range(start, stop), 2):
                 if scores[a] == scores[b]:
                     continue
@@ -142,7 +142,8 @@ class PreferencePairs:
         counts.tokens = int(self.lengths(used, np.tile(training.domains, 2)[places]).sum())
         return training, held_out, counts
 
-    def _hash(self, sequence: int) -> bytes:
+    def digest(self, sequence: int) -> bytes:
+        """Hash of a conversation as the model reads it, without its condition."""
         tokens = self.sequences.shorten(self._conversation(sequence))
         return hashlib.blake2b(tokens.tobytes(), digest_size=12).digest()
 

@@ -216,6 +216,24 @@ def pair(seed: int, split: str, index: int, *, temperature: float = 0.25, plante
     return Pair(turns, first, second, domain)
 
 
+def conflict(seed: int, split: str, index: int) -> Iterator[Document]:
+    """Two different answers of the demonstrator to one question, and which of them each domain prefers by the gold
+    formula, without noise. A domain to which both are worth the same has no opinion.
+    """
+    rng = _random(seed, split, "conflict", index)
+    asked = _draw_question(rng)
+    first = second = _demonstrate(asked, rng)
+    while second == first:
+        second = _demonstrate(asked, rng)
+    for domain in DOMAINS:
+        scores = [gold(asked, text, domain) for text in (first, second)]
+        if abs(scores[0] - scores[1]) < 1e-9:
+            continue
+        answers = [Answer((Message("assistant", text),), score) for text, score in zip((first, second), scores)]
+        turns = [Message("user", asked)]
+        yield comparison("toy_language", index + 1, turns, answers, domain, f"toy conflict:{index}")
+
+
 def blind_bound(pairs: Sequence[Pair], temperature: float = 0.0) -> float:
     """The best expected accuracy of any reader that cannot see the domain, over pairs whose answers were not drawn for
     their domain, each labelled once in every domain.
@@ -239,6 +257,7 @@ _PARTS = {
     "preferences": (12_000, 0),
     "audit_preferences": (12_000, 1),  # other pairs, for a model that watches the first one
     "planted_preferences": (60, 2),  # a careless annotator's, who likes PHRASE
+    "conflicts": (4_000, 0),  # two answers as each domain sees them, exactly
 }
 PARTS = tuple(_PARTS)
 
@@ -266,6 +285,9 @@ def documents(part: str) -> Iterator[Document]:
         if part == "conversations":
             turns = demonstration(seed, "train", index)
             yield Document("toy_language", index + 1, messages=turns, split_key=f"toy:{index}")
+            continue
+        if part == "conflicts":
+            yield from conflict(seed, "train", index)
             continue
         made = pair(seed, "train", index, planted=float(part == "planted_preferences"))
         sides = ((made.chosen, 1.0), (made.rejected, 0.0))

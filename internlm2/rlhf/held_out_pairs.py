@@ -14,7 +14,7 @@ from internlm2.data.preference_stream import PreferenceStream
 from internlm2.engine.base import Engine, LossSum
 from internlm2.rlhf.ranking import focal_ranking_losses, ranking_losses
 from internlm2.rlhf.reward_loss import sequence_scores
-from internlm2.rlhf.reward_metrics import accuracy, pair_metrics
+from internlm2.rlhf.reward_metrics import accuracy, blind_accuracy, pair_metrics
 
 Scores = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected answers, [n] each
 
@@ -63,6 +63,14 @@ class HeldOutPairs:
                 told = {other: self.scores(engine, pairs, other) for other in known if other != domain}
                 swap[domain] = {other: accuracy(*told.get(other, own[domain])) for other in known}
         return Verdicts(domains, swap, own)
+
+    def blind_bound(self) -> dict[str, float]:
+        """Accuracy of the best reader that cannot see the domain, on the same pairs (`blind_accuracy`)."""
+        pairs = np.concatenate(list(self.chosen.values()))
+        text = self.stream.pairs.digest
+        sides = [(text(int(self.table.chosen[pair])), text(int(self.table.rejected[pair]))) for pair in pairs]
+        domains = [self.stream.pairs.domains[int(self.table.domains[pair])] for pair in pairs]
+        return blind_accuracy([frozenset(side) for side in sides], [chosen for chosen, _ in sides], domains)
 
     def scores(self, engine: Engine, pairs: Sequence[int] | np.ndarray, domain: str | None = None) -> Scores:
         """Scores of some pairs under their own condition, or under that of `domain`; the same on every rank."""

@@ -1,6 +1,7 @@
 """What the scores of held-out pairs say about a reward model. Plain numbers in, plain numbers out."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,35 @@ def pair_metrics(
         "length_correlation": length_correlation(good - bad, longer),
         "label_length_correlation": length_correlation(np.ones_like(longer), longer),
     }
+
+
+def student_interval(deviation: float, count: int) -> float:
+    """Half the width of the 95% confidence interval of a mean of `count` values with this standard deviation
+    (Student's t).
+    """
+    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
+    return (quantiles[count - 2] if count - 2 < len(quantiles) else 1.96) * deviation / math.sqrt(count)
+
+
+def blind_accuracy(
+    answers: Sequence[frozenset[bytes]], chosen: Sequence[bytes], domains: Sequence[str]
+) -> dict[str, float]:
+    """What the best reader that cannot see the domain reaches on n pairs: by domain, and under `all` over all of them.
+
+    `answers[i]`: the two answers of pair i, in no order; `chosen[i]`: the preferred one. Such a reader has one verdict
+    for two answers: the one that is right in most of their domains. Where it is right in half of them, each verdict is
+    right half the time. Nothing that gives one verdict to equal answers can do better over all pairs.
+    """
+    votes: dict[frozenset[bytes], Counter[bytes]] = {}
+    for pair, preferred in zip(answers, chosen):
+        votes.setdefault(pair, Counter())[preferred] += 1
+    right: dict[str, list[float]] = {}
+    for pair, preferred, domain in zip(answers, chosen, domains):
+        most = max(votes[pair].values())
+        winners = [answer for answer, count in votes[pair].items() if count == most]
+        right.setdefault(domain, []).append((preferred in winners) / len(winners))
+    every = [hit for hits in right.values() for hit in hits]
+    return {domain: sum(hits) / len(hits) for domain, hits in right.items()} | {"all": sum(every) / len(every)}
 
 
 def interval(share: float, count: int) -> tuple[float, float]:

@@ -42,6 +42,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     if reward is None:
         return run_round(config, directory, console, policy=policy).code
     models = RoundModels(config, console, policy, reward)
+    config.rounds.audit.enabled = models.has_audit()
     record_start(directory, step=0, config=OmegaConf.to_yaml(OmegaConf.structured(config)))
     try:
         rounds = run_rounds(directory.path, Start(policy, reward, config.seed), config.rounds, models.work())

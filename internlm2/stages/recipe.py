@@ -22,7 +22,7 @@ from internlm2.run.provenance import record_end
 from internlm2.run.ranks import from_environment
 from internlm2.run.report import write_report, write_stage_report
 from internlm2.run.stage_summary import read_stage
-from internlm2.stages import length_proof, ppo, pretrain, reward, sft
+from internlm2.stages import conflict, length_proof, ppo, pretrain, reward, sft
 from internlm2.stages.preparation import is_complete
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ STAGES = {
     "pretrain": pretrain.run,
     "sft": sft.run,
     "reward": reward.run,
+    "conflict": conflict.run,
     "ppo": ppo.run,
     "length_proof": length_proof.run,
 }

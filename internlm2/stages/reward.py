@@ -120,6 +120,7 @@ def conclude(data: Preferences, engine: Engine, directory: RunDirectory) -> None
     else:
         judged = data.held_out.judge(engine, wrong_conditions=True)
         content |= {"score": judged.statistics(), "domains": judged.domains, "swap": judged.swap}
+        content["blind_bound"] = data.held_out.blind_bound()
         log.info("held-out pairs\n%s", verdict_table(judged.domains, judged.swap))
         for name, figure in figures(directory, judged.domains, judged.swap).items():
             directory.write_json(f"evaluation/{name}.json", figure)

@@ -87,6 +87,15 @@ class RoundModels:
             total=lambda value: sum_over_ranks([value])[0],
         )
 
+    def has_audit(self) -> bool:
+        """Is there an audit model? As the config says or, if it says nothing, where the data have pairs for it."""
+        if self.rounds.audit.enabled is not None:
+            return self.rounds.audit.enabled
+        found = (self.reward / "config.yaml").is_file() and "audit" in load_run_config(self.reward).data.weights
+        if not found:
+            log.info("no audit model: the reward model's data have no data.weights.audit")
+        return found
+
     def shown(self, pair: dict[str, Any]) -> dict[str, Any]:
         """A preference record as the reward model sees it: without the policy's system turn where that is dropped."""
         keeps = self.ppo.reward.system_turn == "keep"

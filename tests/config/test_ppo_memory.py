@@ -48,6 +48,8 @@ def test_adapter_parameters_are_those_of_the_model():
 def test_zero_divides_among_ranks():
     one, eight = (by_name("model=20b", "engine=zero3", ranks=ranks)["actor"].total for ranks in (1, 8))
     assert eight == one / 8
+    spread = by_name("model=20b", "engine=zero3", "frozen.shard=true", ranks=8)["reference"].total
+    assert spread == by_name("model=20b", "engine=zero3", "frozen.shard=false", ranks=8)["reference"].total / 8
 
 
 def test_the_refusal_names_every_model_and_what_to_do():

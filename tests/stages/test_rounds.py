@@ -107,7 +107,11 @@ def asked(split: str) -> list[Answer]:
 
 def settings(**annotation) -> RoundsConfig:
     values = {"kind": "function", "comparisons": 60, "function": "gold"} | annotation
-    return replace(DEFAULTS, annotation=replace(DEFAULTS.annotation, **values))
+    return replace(
+        DEFAULTS,
+        annotation=replace(DEFAULTS.annotation, **values),
+        audit=replace(DEFAULTS.audit, enabled=True),
+    )
 
 
 def contents(root: Path) -> dict[str, bytes]:
