@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness on our checkpoints, with shared contexts scored once and continuous batching.
 
     pip install 'internlm2[evaluate]'
-    python -m internlm2.evaluate.harness --model internlm2 --model_args path=runs/demo/enhance --tasks my_task
-    python -m internlm2.evaluate.harness --model internlm2 --model_args path=smollm2,dtype=fp32 --tasks gsm8k_cot
+    python -m internlm2.evaluate.lm_eval --model internlm2 --model_args path=runs/demo/enhance --tasks my_task
+    python -m internlm2.evaluate.lm_eval --model internlm2 --model_args path=smollm2,dtype=fp32 --tasks gsm8k_cot
 
 The arguments are those of `lm_eval`, which has no way to find models of other packages by itself; a program that calls
 `lm_eval.simple_evaluate(model="internlm2", ...)` imports this module first. `path` is whatever
@@ -10,7 +10,6 @@ The arguments are those of `lm_eval`, which has no way to find models of other p
 `hf` backend, so that figures are comparable: a test holds them equal.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,18 +168,3 @@ def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
     if not settings.get("do_sample", float(settings.get("temperature") or 0) > 0):
         return {"temperature": 0.0}
     return {ours: settings[theirs] for theirs, ours in _SAMPLING.items() if settings.get(theirs) is not None}
-
-
-def main() -> None:
-    """`lm_eval`, with this model known to it."""
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv[0] = "lm_eval"
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    # As a program this module is __main__; lm_eval must see the class of the importable one.
-    from internlm2.evaluate import harness
-
-    harness.main()

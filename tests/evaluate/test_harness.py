@@ -1,6 +1,9 @@
 """The adapter for lm-eval against its own `hf` backend, on the same weights and local tasks."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,13 @@ def test_every_likelihood_and_text_is_equal(both):
                 else:
                     assert float(a[0][0]) == pytest.approx(float(b[0][0]), abs=1e-4)
                     assert str(a[0][1]) == str(b[0][1])
+
+
+@pytest.mark.slow
+def test_the_command_knows_the_model(tasks, export, tmp_path):
+    words = [sys.executable, "-m", "internlm2.evaluate.lm_eval", "--model", "internlm2", "--tasks", "local_choice"]
+    words += ["--model_args", f"path={export},dtype=fp32,threads=1", "--include_path", str(tasks), "--device", "cpu"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=offline)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "local_choice" in done.stdout
