@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from internlm2.config import ConfigError
 from internlm2.config.compose import compose_stages, describe, register_schema
 from internlm2.config.zero import check_ranks
-from internlm2.launch import launch, requeueing
+from internlm2.launch import launch, under_slurm
 from internlm2.plan.report import print_plans
 from internlm2.run.ranks import ending_at_once, from_environment
 
@@ -30,15 +30,20 @@ def main(composed: DictConfig) -> None:
         if configs[0].plan:
             print_plans(configs)
             return
+        if configs[0].dry_run:
+            from internlm2.dry_run.run import dry_run
+
+            dry_run(configs)
+            return
         from internlm2.data.sources import check_sources
 
         for config in configs:
             check_ranks(config, from_environment().world_size)
             check_sources(config.data)
-        launch(configs, HydraConfig.get(), Path(__file__))  # returns where this process is to run the stages
-        from internlm2.stages.recipe import run_stages  # torch is imported from here on
+        with under_slurm():
+            launch(configs, HydraConfig.get(), Path(__file__))  # returns where this process is to run the stages
+            from internlm2.stages.recipe import run_stages  # torch is imported from here on
 
-        with requeueing():
             run_stages(configs)
     except ConfigError as error:
         fail(error)

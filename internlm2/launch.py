@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -53,17 +54,32 @@ def launch(configs: Sequence[Config], hydra: HydraConf, program: Path) -> None:
 
 
 @contextlib.contextmanager
-def requeueing() -> Iterator[None]:
-    """Around the stages in this process: where SLURM's signal ended them, the job goes back into the queue.
+def under_slurm() -> Iterator[None]:
+    """Around the stages in this process; outside SLURM it does nothing.
 
-    Ranks that our own launcher started leave that to it.
+    Where a preemption signal ended them, the job goes back into the queue (ranks that our own launcher started leave
+    that to it). A task of a step that fails ends its process at once: Hydra would keep the exception for later, and
+    the other tasks would wait for this one.
     """
+    code = 1
     try:
         yield
-    except SystemExit as ended:
-        if isinstance(ended.code, int) and SUPERVISED not in os.environ:
-            slurm.requeue_if_asked(ended.code)
+        return
+    except ConfigError:
         raise
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        if SUPERVISED not in os.environ:
+            slurm.requeue_if_asked(code)
+        if not slurm.in_step() or code == 0:
+            raise
+    except BaseException:
+        if not slurm.in_step():
+            raise
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def visible_gpus(device: str) -> int:
@@ -80,10 +96,8 @@ def job_overrides(configs: Sequence[Config], hydra: HydraConf) -> list[str]:
     overrides = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         overrides = [text for text in overrides if not text.startswith("name=")] + [f"name='{configs[0].name}'"]
-    for source in hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            overrides += ["--config-dir", source.path]
-    return overrides
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [*(text for folder in folders for text in ("--config-dir", folder)), *overrides]  # flags come first
 
 
 def supervise(command: Sequence[str], ranks: int, directory: Path, config: Config) -> int:

@@ -16,7 +16,7 @@ FLOORS = [
     {"rlhf"},
     {"evaluate"},
     {"stages"},
-    {"convert", "chat", "launch"},
+    {"convert", "chat", "launch", "dry_run"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

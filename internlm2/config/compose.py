@@ -1,6 +1,7 @@
 """From Hydra's composed YAML to the typed `Config`, and from Hydra's exceptions to one sentence."""
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -22,6 +23,7 @@ from internlm2.config.evaluate import SUITES, EvaluateConfig
 from internlm2.config.schema import Config
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+LONGEST_NAME = 120  # of a folder that a sweep names; file systems take 255 bytes
 T = TypeVar("T")
 
 
@@ -64,8 +66,16 @@ def compose_stages(composed: DictConfig, hydra: HydraConf) -> list[Config]:
     configs = _compose_each(to_config(composed), list(hydra.overrides.task))
     if hydra.mode == RunMode.MULTIRUN and hydra.job.override_dirname:
         for config in configs:
-            config.name = f"{config.name}/{hydra.job.override_dirname}"
+            config.name = f"{config.name}/{folder_name(hydra.job.override_dirname)}"
     return configs
+
+
+def folder_name(overrides: str) -> str:
+    """A sweep's overrides as the name of a folder; a long list, which file systems refuse, ends in its hash."""
+    if len(overrides) <= LONGEST_NAME:
+        return overrides
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return f"{overrides[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _compose_each(first: Config, overrides: list[str]) -> list[Config]:

@@ -56,6 +56,9 @@ def training(network: Network, layout: Layout, buffers: Buffers, *, trained: flo
         "one layer at work": layer_peak(network, tokens, layout.recompute == "full"),
         "loss": loss_peak(network, tokens) if loss else 0.0,
     }
+    if layout.zero == 0 and layout.accumulation == 1:
+        # Gradients are made while activations are let go, and the loss before both: only what exceeds them counts.
+        parts["gradients (fp32)"] = max(0.0, parts["gradients (fp32)"] - parts["activations"] - parts["loss"])
     return with_reserve(parts)
 
 
