@@ -56,6 +56,14 @@ class AnnotationConfig:
 
 
 @dataclass
+class BestOfConfig:
+    """The reference without training: the best of n answers of the SFT policy, as each round's reward model chooses."""
+
+    samples: int = key(minimum=1)
+    prompts: int = key(minimum=1)
+
+
+@dataclass
 class RoundsConfig:
     """How many rounds, where each starts, and what is collected after it."""
 
@@ -67,6 +75,7 @@ class RoundsConfig:
     hacks: HacksConfig = field(default_factory=HacksConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
+    best_of: BestOfConfig = field(default_factory=BestOfConfig)
 
 
 def check_rounds(rounds: RoundsConfig | None) -> None:

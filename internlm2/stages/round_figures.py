@@ -1,10 +1,13 @@
 """What the report shows of the rounds: quality by round, hacks that came and went, and what was decided."""
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from internlm2.rlhf.answers import Answer, read_answers
+from internlm2.run.metrics import read_records
 
 # Quantities of round.json's "fixed" that are drawn, with the label of their axis.
 _DRAWN = {"gold": "gold reward", "score": "score of the round's reward model", "tokens": "tokens of an answer"}
@@ -17,6 +20,8 @@ def figures(rounds: Sequence[dict[str, Any]], root: Path) -> dict[str, dict[str,
         drawn["rounds_gold_by_domain"] = _gold_by_domain(rounds)
     if any(one["audit"] for one in rounds):
         drawn["rounds_audit"] = _audit(rounds)
+    if all((root / f"round_{one['round']}" / "best_of.json").exists() for one in rounds):
+        drawn["rounds_best_of"] = _best_of(rounds, root)
     phrases = sorted({p["detail"] for one in rounds for p in one["patterns"] if p["name"] == "phrase" and p["patch"]})
     for number, phrase in enumerate(phrases):
         drawn[f"rounds_phrase_{number}"] = _phrase(rounds, root, phrase)
@@ -96,6 +101,25 @@ def _audit(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for one in rounds
             if one["audit"]
         ),
+    }
+
+
+def _best_of(rounds: Sequence[dict[str, Any]], root: Path) -> dict[str, Any]:
+    """Gold reward against KL: of each round's policy as it trains, and of best-of-n with the same reward model."""
+    series = []
+    for folder in (root / f"round_{one['round']}" for one in rounds):
+        name = folder.name.replace("_", " ")
+        checked = [r["held_out"]["all"] for r in read_records(folder / "policy" / "metrics.jsonl") if r.get("held_out")]
+        drawn = json.loads((folder / "best_of.json").read_text(encoding="utf-8"))
+        for label, points in ((f"{name}, PPO", checked), (f"{name}, best of n", drawn)):
+            xs = [math.sqrt(max(0.0, point["kl"])) for point in points]
+            series.append({"label": label, "x": xs, "y": [point["gold"] for point in points]})
+    return {
+        "title": "Gold reward against KL: PPO, and the best of n answers of the SFT policy",
+        "x_label": "√KL to the SFT policy (√nats an answer)",
+        "y_label": "gold reward",
+        "series": series,
+        "note": "best of n: the same prompts' answers of the SFT policy, chosen by the reward model of that round",
     }
 
 

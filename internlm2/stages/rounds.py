@@ -13,6 +13,7 @@ A round's directory `ppo/round_<k>/`:
     annotation/    requests to people, and labels as they come back
     slow.jsonl     pairs from the labels; made when a later round first needs them
     round.json     what was found and decided; the round is complete
+    best_of.json   what its reward model can do without training
 
 A phase whose result is there is skipped, and one that was interrupted goes on or begins again, so that a run killed
 anywhere ends with the same numbers. What each phase does to models comes as functions (`Work`); this file decides.
@@ -22,12 +23,14 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from internlm2.config.rounds import RoundsConfig
 from internlm2.rlhf.answers import Answer, read_answers, read_lines, write_answers, write_lines
 from internlm2.rlhf.audit import AuditVerdict, judge
+from internlm2.rlhf.best_of import best_of_kl, expected_best_of, powers_of_two
 from internlm2.rlhf.hacks import detect
 from internlm2.rlhf.patches import patches
 from internlm2.rlhf.patterns import Pattern, mean
@@ -45,6 +48,8 @@ def run_rounds(root: Path, start: Start, config: RoundsConfig, work: Work) -> li
         folder = root / f"round_{number}"
         if not (folder / "round.json").exists():
             _run_round(root, number, start, config, work)
+        if config.best_of.samples > 1 and work.gold is not None and not (folder / "best_of.json").exists():
+            work.alone(partial(_best_of, folder, start, config, work, work.gold))
         done.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
     return done
 
@@ -175,6 +180,25 @@ def _answer_fixed(
             write_answers(file, score(work.answers(weights, asked, start.seed)))
         answers[policy] = read_answers(file)
     return answers
+
+
+def _best_of(folder: Path, start: Start, config: RoundsConfig, work: Work, gold: Callable[[Answer], float]) -> None:
+    """Score and gold reward of the best of n answers of the SFT policy, by the round's reward model."""
+    samples = config.best_of.samples
+    prompts = [replace(prompt, policy="sft") for prompt in work.fixed_prompts[: config.best_of.prompts]]
+    drawn = work.answers(start.sft, [prompt for prompt in prompts for _ in range(samples)], start.seed)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    scores, values = work.scorer(Path(manifest["reward_model"]))(drawn), [gold(answer) for answer in drawn]
+    groups = [slice(place, place + samples) for place in range(0, len(drawn), samples)]
+    rows = [
+        {"n": n, "kl": best_of_kl(n)}
+        | {
+            name: mean(expected_best_of(scores[group], of[group], n) for group in groups)
+            for name, of in (("score", scores), ("gold", values))
+        }
+        for n in powers_of_two(samples)
+    ]
+    _write(folder / "best_of.json", rows)
 
 
 def _audit_verdict(answers: dict[str, list[Answer]], config: RoundsConfig) -> AuditVerdict:

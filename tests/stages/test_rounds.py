@@ -13,6 +13,7 @@ from internlm2.data import toy_language as toy
 from internlm2.data.permutation import derive_key
 from internlm2.rlhf.annotation import FileAnnotator, FunctionAnnotator
 from internlm2.rlhf.answers import Answer, read_lines, write_lines
+from internlm2.stages.round_figures import figures
 from internlm2.stages.round_work import Start, Stopped, Work
 from internlm2.stages.rounds import run_rounds
 
@@ -171,6 +172,28 @@ def test_labels_that_take_a_round(tmp_path):
     trained = {(call[0], call[1]): call[2] for call in world.calls if call[0] == "reward"}
     assert trained["reward", "round_2"] == ["round_1_fast.jsonl"]
     assert trained["reward", "round_3"] == ["round_1_fast.jsonl", "round_1_slow.jsonl"]
+
+
+def test_best_of_n_is_added_to_finished_rounds(tmp_path):
+    world, config = World(tmp_path), replace(settings(), count=2)
+    world.run(config)
+    done = len(world.calls)
+    rounds = world.run(replace(config, best_of=replace(config.best_of, samples=8, prompts=30)))
+    assert world.calls[done:] == [("answers", "sft", 240)] * 2
+    first, second = (json.loads((tmp_path / f"ppo/round_{n}/best_of.json").read_text()) for n in (1, 2))
+    assert [row["n"] for row in first] == [1, 2, 4, 8]
+    assert first[0]["gold"] == second[0]["gold"]  # one answer: nothing is chosen
+    assert (
+        second[-1]["gold"] == second[-1]["score"] > second[0]["gold"] + 1.0
+    )  # round two's reward model is the gold one
+    assert first[-1]["score"] > first[-1]["gold"]  # round one's is not
+    for number in (1, 2):
+        path = tmp_path / f"ppo/round_{number}/policy/metrics.jsonl"
+        path.write_text('{"step": 0, "held_out": {"all": {"kl": 4.0, "gold": 0.5}}}\n')
+    figure = figures(rounds, tmp_path / "ppo")["rounds_best_of"]
+    assert [line["label"] for line in figure["series"]][:2] == ["round 1, PPO", "round 1, best of n"]
+    assert figure["series"][0]["x"] == [2.0]
+    assert figure["series"][3]["y"] == [row["gold"] for row in second]
 
 
 def test_going_on_from_the_previous_policy(tmp_path):
