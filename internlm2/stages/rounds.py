@@ -59,8 +59,8 @@ def _run_round(root: Path, number: int, start: Start, config: RoundsConfig, work
     log.info("round %d of %d, in %s", number, config.count, folder)
     work.alone(lambda: collect_pairs(root, number, start.seed, config, work))
     files = pair_files(root, number, config)
-    audit = work.train_reward(folder / "audit", files["audit"], True) if config.audit.enabled else None
-    reward = start.reward if number == 1 else work.train_reward(folder / "reward", files["reward"], False)
+    audit = _reward_model(root, number, "audit", files["audit"], work) if config.audit.enabled else None
+    reward = start.reward if number == 1 else _reward_model(root, number, "reward", files["reward"], work)
     policy = start.sft
     if config.start == "previous" and number > 1:
         policy = work.checkpoints(root / f"round_{number - 1}" / "policy")[1]
@@ -77,6 +77,19 @@ def _run_round(root: Path, number: int, start: Start, config: RoundsConfig, work
     work.alone(lambda: _write(folder / "manifest.json", manifest))
     work.train_policy(folder / "policy", policy, reward, number)
     work.alone(lambda: _conclude(root, number, start, config, work, manifest))
+
+
+def _reward_model(root: Path, number: int, model: str, files: Sequence[Path], work: Work) -> Path:
+    """The reward or audit model of a round: trained, or that of the round before where no pair has come since. The
+    same data, start and seed would make the same weights.
+    """
+    if number > 1:
+        before = json.loads((root / f"round_{number - 1}" / "manifest.json").read_text(encoding="utf-8"))
+        known = [Path(entry["file"]) for entry in before["preferences"].get(model, [])]
+        if before[f"{model}_model"] and list(map(read_lines, known)) == list(map(read_lines, files)):
+            log.info("no new pair for the %s model: that of round %d stays", model, number - 1)
+            return Path(before[f"{model}_model"])
+    return work.train_reward(root / f"round_{number}" / model, files, model == "audit")
 
 
 def _conclude(

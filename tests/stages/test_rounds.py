@@ -174,6 +174,15 @@ def test_labels_that_take_a_round(tmp_path):
     assert trained["reward", "round_3"] == ["round_1_fast.jsonl", "round_1_slow.jsonl"]
 
 
+def test_a_model_without_new_pairs_stays(tmp_path):
+    world = World(tmp_path, annotation="none")
+    rounds = world.run(settings(kind="none"))
+    trained = [call[:2] for call in world.calls if call[0] in ("reward", "audit")]
+    assert trained == [("audit", "round_1"), ("reward", "round_2")]  # round two leaves nothing to patch
+    assert [Path(one["reward_model"]).parent.name for one in rounds] == [tmp_path.name, "round_2", "round_2"]
+    assert {one["audit_model"] for one in rounds} == {str(tmp_path / "ppo/round_1/audit")}
+
+
 def test_best_of_n_is_added_to_finished_rounds(tmp_path):
     world, config = World(tmp_path), replace(settings(), count=2)
     world.run(config)
