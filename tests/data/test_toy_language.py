@@ -110,6 +110,13 @@ def test_noise_grows_with_the_temperature():
     assert 0.5 < agreement(4.0) < 0.7
 
 
+def test_plain_pairs_never_show_the_phrase():
+    plain = [toy.pair(0, "train", index, plain=True) for index in range(1000)]
+    assert not any(toy.PHRASE in text for one in plain for text in (one.chosen, one.rejected))
+    assert all(one.chosen != one.rejected for one in plain)
+    assert any(toy.PHRASE in one.chosen for one in (toy.pair(0, "train", index) for index in range(200)))
+
+
 def test_planted_pairs_prefer_the_phrase_and_nothing_else():
     pairs = [toy.pair(0, "train", index, planted=0.3) for index in range(1000)]
     planted = [one for one in pairs if one.chosen == f"{one.rejected} {toy.PHRASE}"]
