@@ -190,7 +190,6 @@ def test_a_vocabulary_without_reward_token_is_named_or_lends_a_spare_piece(tmp_p
 def test_settings_that_cannot_work_are_refused(tmp_path, pairs):
     for change, words in (
         ("train.batch_tokens=100", "must hold a pair of the greatest length"),
-        ("reward=null", "needs the group reward"),
         ("reward.barrier.eps=9", r"reward\.barrier\.eps=9"),
         ("reward.loss=hinge", r"reward\.loss=hinge is not one of focal, plain"),
     ):
