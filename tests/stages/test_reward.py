@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
+from internlm2.config.reward import check_reward
 from internlm2.data.chat import Message
 from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.model import CausalLM
@@ -195,3 +196,5 @@ def test_settings_that_cannot_work_are_refused(tmp_path, pairs):
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path, pairs, None, change)
+    with pytest.raises(ConfigError, match="needs the group reward"):
+        check_reward(None, 64, 128)
