@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from internlm2.config import ConfigError
-from internlm2.config.compose import compose_stages, describe, register_schema
+from internlm2.config.compose import check_arguments, compose_stages, describe, register_schema
 from internlm2.config.zero import check_ranks
 from internlm2.launch import launch, under_slurm
 from internlm2.plan.report import print_plans
@@ -58,6 +58,7 @@ def fail(error: Exception) -> NoReturn:
 if __name__ == "__main__":
     with ending_at_once():
         try:
+            check_arguments(sys.argv[1:])
             main()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
             fail(error)

@@ -95,7 +95,7 @@ def ours(work: Work, config: Config) -> tuple[Callable[[], Seconds], float]:
     plain = cast(CausalLM, actor.model)
     models = Models(
         actor, critic, ReferencePolicy(reference, shared=False), scorer(judge),
-        build_generator(plain, config.generation), plain,
+        build_generator(plain, config.generation, work.model.vocab_size), plain,
     )  # fmt: skip
     never = SimpleNamespace(eos_id=work.model.vocab_size, special_id=lambda name: work.model.vocab_size)
     trainer = Trainer(

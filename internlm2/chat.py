@@ -168,7 +168,7 @@ def load(options: argparse.Namespace) -> Chat:
         stop_ids=(tokenizer.eos_id, tokenizer.special_id(IM_END)),
         seed=options.seed,
     )
-    engine = Engine(model, max_rows=1, quantize=options.quantize)
+    engine = Engine(model, max_rows=1, quantize=options.quantize, vocab_size=tokenizer.vocab_size)
     print(f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}, {device}")
     print(describe_quantize(options.quantize, device, ACT_BITS))
     print(describe_backend(device, dtype, model.config.head_dim))

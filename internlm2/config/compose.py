@@ -36,6 +36,14 @@ def register_schema() -> None:
         store.store(group="suite", name=f"{kind}_schema", node=suite)
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Raise ConfigError for `group=null`, for which Hydra has a traceback and no sentence."""
+    for argument in arguments:
+        group, _, option = argument.partition("=")
+        if option == "null" and (CONF / group).is_dir():
+            raise ConfigError(f"{argument}: leave {group} out, or name an option.{_options(group, '')}")
+
+
 def to_config(composed: DictConfig) -> Config:
     """The composed YAML as typed, checked objects. Raises ConfigError."""
     try:

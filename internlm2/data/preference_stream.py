@@ -1,8 +1,8 @@
 """Batches of preference pairs as a pure function of (seed, position), which counts batches, that is optimizer steps.
 
-A batch holds whole records, as many as fit into a fixed number of tokens, without padding (16,384 in report 4.2.1).
-Each epoch has an order of its own; a source is passed through as often as its weight says, a fraction of a pass being a
-part that changes from epoch to epoch.
+A batch holds whole records, as many as fit into a fixed number of tokens, without padding (16,384 in report 4.2.1);
+the last batches of an epoch share its remainder. Each epoch has an order of its own; a source is passed through as
+often as its weight says, a fraction of a pass being a part that changes from epoch to epoch.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from internlm2.config import ConfigError, TrainConfig
+from internlm2.data.batch_bounds import batch_bounds
 from internlm2.data.pair_batch import PairBatch, collate_pairs
 from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.preference_pairs import PairTable, PreferencePairs
 from internlm2.data.stream import refuse_changed
 
-FORMAT = 1
+FORMAT = 2
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +182,7 @@ class PreferenceStream:
             taken.append(units[shuffled(len(units), key)[: round((passes - int(passes)) * len(units))]])
         units = np.concatenate(taken)
         order = units[shuffled(len(units), derive_key(self.seed, "preferences", epoch))]
-        bounds, used = [0], 0
-        for place, tokens in enumerate(self._units.tokens[order].tolist()):
-            if used and used + tokens > self.batch_tokens:
-                bounds.append(place)
-                used = 0
-            used += tokens
-        return order, np.array([*bounds, len(order)])
+        return order, batch_bounds(self._units.tokens[order], self.batch_tokens)
 
     def _batches(self, epoch: int) -> int:
         return len(self._epoch(epoch)[1]) - 1

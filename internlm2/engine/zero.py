@@ -41,6 +41,9 @@ class ZeroEngine:
     def __init__(
         self, model: nn.Module, engine: EngineConfig, optim: OptimConfig, total_steps: int, device: torch.device
     ) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("The model has no trainable parameter: there is nothing for the engine to do.")
         ranks = process_group.join(device, engine.collective_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_ranks = self.world_size // engine.sequence_parallel
@@ -49,9 +52,6 @@ class ZeroEngine:
         self.model, self.stage, self.step = model, STAGES[engine.name], 0
         self.guard = StepGuard(engine.on_nonfinite, engine.spike_factor, engine.max_bad_steps)
         self._stopwatch = Stopwatch(device, waits=self.stage == 3 or engine.sequence_parallel > 1)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trained:
-            raise ValueError("The model has no trainable parameter: there is nothing for the engine to do.")
         self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
         self._sequence = _join_sequence(model, engine.sequence_parallel)
         self._shard = self._shard_group(engine)

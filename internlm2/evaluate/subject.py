@@ -38,6 +38,7 @@ class Subject:
             kv_tokens=settings.kv_tokens,
             max_length=settings.kv_tokens,
             quantize=settings.quantize,
+            vocab_size=self.tokenizer.vocab_size,
         )
 
     @property

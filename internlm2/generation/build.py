@@ -9,9 +9,18 @@ from internlm2.model.transformer import CausalLM
 from internlm2.ops import describe_quantize
 
 
-def build_generator(model: CausalLM, settings: GenerationConfig) -> Engine:
-    """An engine on the model's current weights, in their dtype or quantized; `refresh()` takes later ones."""
-    return Engine(model, max_rows=settings.max_rows, kv_tokens=settings.kv_tokens, quantize=settings.quantize)
+def build_generator(model: CausalLM, settings: GenerationConfig, vocab_size: int) -> Engine:
+    """An engine on the model's current weights, in their dtype or quantized; `refresh()` takes later ones.
+
+    It draws the `vocab_size` ids of a tokenizer.
+    """
+    return Engine(
+        model,
+        max_rows=settings.max_rows,
+        kv_tokens=settings.kv_tokens,
+        quantize=settings.quantize,
+        vocab_size=vocab_size,
+    )
 
 
 def describe_generation(settings: GenerationConfig, device: torch.device | str) -> str:

@@ -85,6 +85,8 @@ class Engine:
     max_length      longest prompt + answer; None takes max_position_embeddings, stretched by linear or dynamic scaling
     dtype           of the arithmetic; None takes the weights' own
     quantize        none, w8 or w4
+    vocab_size      only ids below it are drawn: the tokenizer's size, where the model has rows beyond it (to round its
+                    shape); None draws from all rows
     """
 
     def __init__(
@@ -97,12 +99,15 @@ class Engine:
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         quantize: str = "none",
+        vocab_size: int | None = None,
     ):
-        for name, value in (("max_rows", max_rows), ("kv_tokens", kv_tokens), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
+        limits = {"max_rows": max_rows, "kv_tokens": kv_tokens, "prefill_tokens": prefill_tokens}
+        for name, value in (limits | {"vocab_size": vocab_size}).items():
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         self.network = Network(model, dtype=dtype, quantize=quantize)
         self.max_rows, self.kv_tokens, self.prefill_tokens = max_rows, kv_tokens, prefill_tokens
+        self.vocab_size = vocab_size
         scaling = model.config.rope_scaling
         reach = model.config.max_position_embeddings * (1.0 if scaling.kind == "none" else scaling.factor)
         self.max_length = max_length or int(reach)
@@ -313,7 +318,7 @@ class Engine:
         ]
         slots = torch.tensor([row.slot for row in rows], device=hidden.device)
         seen = None if self._seen is None else self._seen[slots]
-        drawn = sample(self.network.logits(hidden), params, numbers, seen)
+        drawn = sample(self.network.logits(hidden), params, numbers, seen, vocab_size=self.vocab_size)
         if self._seen is not None:
             self._seen[slots, drawn.tokens] = True
         tokens = self._record(rows, drawn)

@@ -4,7 +4,7 @@ B rows, V vocabulary, K candidates. Every step works on a row by itself, so a ro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,12 +34,22 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, parameters: Sequence[SamplingParams], uniforms: Sequence[float], seen: Tensor | None = None
+    logits: Tensor,
+    parameters: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+    seen: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
 ) -> Drawn:
     """logits [B, V], one SamplingParams and one number in [0, 1) a row; seen [B, V] bool where a row has a penalty.
 
+    With `vocab_size` only ids below it are drawn, as if it had been asked for before every other truncation.
+
     Rows that need no sorting and no penalty, as in rollouts, are drawn by our own kernel where it is built.
     """
+    if vocab_size is not None and vocab_size < logits.shape[1]:
+        drawn = sample(logits[:, :vocab_size], parameters, uniforms, None if seen is None else seen[:, :vocab_size])
+        return replace(drawn, logprobs=_logprob(logits.float(), drawn.tokens))
     plain = [i for i, row in enumerate(parameters) if row.repetition_penalty == 1 and (row.greedy or not row.truncates)]
     if not plain or not _has_kernel(logits):
         return _sample_by_torch(logits, parameters, uniforms, seen)

@@ -121,8 +121,7 @@ def collect(
             answer.logprobs,
             answer.sampling_logprobs,
             answer.finish or "length",
-            # A model may have rows beyond its tokenizer's vocabulary: such an id stands for no text.
-            parse_reply([token for token in answer.tokens if token < tokenizer.vocab_size], tokenizer),
+            parse_reply(answer.tokens, tokenizer),
         )
         for answer in drawn
     ]

@@ -26,14 +26,16 @@ from internlm2.model.weights import Weights, model_weights
 class VLLMSampler:
     """`generate` and `refresh` as `internlm2.generation.Engine` has them.
 
-    `model` is the policy with plain weights; `max_length` bounds prompt and answer together. `sampling_logprobs` are
+    `model` is the policy with plain weights; `max_length` bounds prompt and answer together; ids below `vocab_size`
+    are drawn. `sampling_logprobs` are
     those of the softmax at temperature 1, as `logprobs`: vLLM does not give those of the truncated distribution beside
     them. ConfigError where vLLM is not installed.
     """
 
-    def __init__(self, model: CausalLM, max_length: int) -> None:
+    def __init__(self, model: CausalLM, max_length: int, vocab_size: int) -> None:
         self.vllm = _import()
         self.model = model
+        self.allowed = list(range(vocab_size)) if vocab_size < model.config.vocab_size else None
         with tempfile.TemporaryDirectory(prefix="internlm2-vllm-") as folder:
             weights = model_weights(model)
             export_weights(weights, Path(folder) / "policy", layout="llama", dtype=weights.dtype)
@@ -72,6 +74,7 @@ class VLLMSampler:
                 logprobs=0,
                 seed=derive_key(params.seed, ids[prompt], sample) >> 33,
                 detokenize=False,
+                allowed_token_ids=self.allowed,
             )
             for prompt, sample in asked
         ]

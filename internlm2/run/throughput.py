@@ -25,16 +25,19 @@ PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 FORMULA = (
     "MFU = (6 * P * tokens + 12 * layers * heads * head_dim * pairs) / (seconds * devices * peak): P = weights of all "
-    "matrix products including the output head, without the embedding; pairs = query-key pairs that causal attention "
-    "inside each document really has; recomputation is not counted; peak is dense, in the training dtype"
+    "matrix products including the model's own output head, without the embedding; pairs = query-key pairs that causal "
+    "attention inside each document really has; recomputation is not counted; peak is dense, in the training dtype"
 )
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Weights that take part in matrix products: those of the layers and the output head, tied or not."""
+def matmul_parameters(model: ModelConfig, outputs: int | None = None) -> int:
+    """Weights that take part in matrix products: those of the layers and the output head, tied or not.
+
+    outputs  numbers that the head gives for a token: None for the vocabulary, 1 for a reward model
+    """
     attention = model.hidden_size * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
     layer = attention + 3 * model.hidden_size * model.intermediate_size
-    return model.layers * layer + model.vocab_size * model.hidden_size
+    return model.layers * layer + (model.vocab_size if outputs is None else outputs) * model.hidden_size
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
@@ -42,13 +45,14 @@ def causal_pairs(lengths: Iterable[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def step_flops(model: ModelConfig, tokens: int, pairs: int) -> float:
-    """Model FLOPs of forward and backward over `tokens` tokens with `pairs` attended pairs.
+def step_flops(model: ModelConfig, tokens: int, pairs: int, outputs: int | None = None) -> float:
+    """Model FLOPs of forward and backward over `tokens` tokens with `pairs` attended pairs; `outputs` as above.
 
     A weight costs 2 FLOPs a token forward and 4 backward. A pair costs 2 * head_dim in q k and 2 * head_dim in p v in
     each head and layer, and twice that backward.
     """
-    return 6.0 * matmul_parameters(model) * tokens + 12.0 * model.layers * model.heads * model.head_dim * pairs
+    attention = 12.0 * model.layers * model.heads * model.head_dim * pairs
+    return 6.0 * matmul_parameters(model, outputs) * tokens + attention
 
 
 def peak_flops(device_name: str, dtype: str, peak_tflops: float | None) -> float | None:
@@ -77,10 +81,10 @@ def peak_memory_bytes() -> int:
 
 
 class Throughput:
-    """Turns measured seconds into the record for timing.jsonl, and estimates the time left."""
+    """Turns measured seconds into the record for timing.jsonl, and estimates the time left; `outputs` as above."""
 
-    def __init__(self, model: ModelConfig, peak: float | None, *, devices: int = 1) -> None:
-        self.model, self.peak, self.devices = model, peak, devices
+    def __init__(self, model: ModelConfig, peak: float | None, *, devices: int = 1, outputs: int | None = None) -> None:
+        self.model, self.peak, self.devices, self.outputs = model, peak, devices, outputs
         self._recent: deque[float] = deque(maxlen=20)
 
     def measure(self, seconds: float, tokens: int, pairs: int) -> dict[str, float | int | None]:
@@ -88,7 +92,7 @@ class Throughput:
         self._recent.append(seconds)
         mfu = None
         if self.peak:
-            mfu = step_flops(self.model, tokens, pairs) / (seconds * self.devices * self.peak)
+            mfu = step_flops(self.model, tokens, pairs, self.outputs) / (seconds * self.devices * self.peak)
         return {
             "seconds": seconds,
             "tokens": tokens,

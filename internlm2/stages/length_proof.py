@@ -102,7 +102,9 @@ def measure(
                 LANGUAGE, length, settings.depths, repeats_at(length, longest_trained, settings.repeats), seed
             )
         ]
-        engine = Engine(model, kv_tokens=max(kv_tokens, 2 * longest), max_length=2 * longest)
+        engine = Engine(
+            model, kv_tokens=max(kv_tokens, 2 * longest), max_length=2 * longest, vocab_size=tokenizer.vocab_size
+        )
         answers[label] = ask(engine, tokenizer, questions, chat=True)
         losses[label] = answer_losses(model, tokenizer, haystacks, mine, seed)
         log.info("%s: %d needles in %.0f s", label, len(questions), time.perf_counter() - started)

@@ -81,9 +81,11 @@ def check_machine(config: Config) -> None:
     log.info("memory on each rank before activations: %s", "; ".join(model.sentence() for model in models))
 
 
-def build_models(config: Config, *, policy: Path, reference: Path, reward: Path | RewardFunction | None) -> Models:
+def build_models(
+    config: Config, *, policy: Path, reference: Path, reward: Path | RewardFunction | None, vocab_size: int
+) -> Models:
     """Load and build everything; `policy`, `reference`: what `open_weights` reads; `reward`: a reward model, or a
-    function, or None for the rule that the config names.
+    function, or None for the rule that the config names; `vocab_size`: how many ids the policy's tokenizer has.
     """
     ppo = config.ppo
     assert ppo is not None
@@ -111,7 +113,7 @@ def build_models(config: Config, *, policy: Path, reference: Path, reward: Path 
         total = (ppo.critic_warmup + ppo.iterations) * ppo.updates
         critic_engine = build_engine(critic, config.engine, ppo.critic.optim, total)
     plain = model if config.adapter.kind == "none" else _merged_copy(config, model)
-    sampler = _sampler(config, plain, device)
+    sampler = _sampler(config, plain, device, vocab_size)
     return Models(
         actor,
         critic_engine,
@@ -218,11 +220,12 @@ def _merged_copy(config: Config, model: CausalLM) -> CausalLM:
     return plain
 
 
-def _sampler(config: Config, plain: CausalLM, device: torch.device) -> Sampler:
+def _sampler(config: Config, plain: CausalLM, device: torch.device, vocab_size: int) -> Sampler:
     assert config.ppo is not None
     if config.ppo.rollout.engine == "vllm":
         from internlm2.rlhf.vllm_sampler import VLLMSampler
 
-        return VLLMSampler(plain, config.ppo.rollout.max_prompt_tokens + config.ppo.rollout.max_new_tokens)
+        rollout = config.ppo.rollout
+        return VLLMSampler(plain, rollout.max_prompt_tokens + rollout.max_new_tokens, vocab_size)
     log.info(describe_generation(config.generation, device))
-    return build_generator(plain, config.generation)
+    return build_generator(plain, config.generation, vocab_size)

@@ -129,7 +129,9 @@ def run_round(
     assert config.ppo is not None
     assert config.prompts is not None
     prompts = PromptStream(config.prompts, config.seed)
-    models = build_models(config, policy=policy, reference=reference or policy, reward=reward)
+    models = build_models(
+        config, policy=policy, reference=reference or policy, reward=reward, vocab_size=tokenizer.vocab_size
+    )
     kl = config.ppo.kl
     trainer = Trainer(config, models, tokenizer, prompts, stream, KLController(kl.coefficient, kl.target, kl.horizon))
     trainer.progress.prompt_position = first_prompt

@@ -133,7 +133,9 @@ def run_job(
         stream=stream,
         loss=loss,
         validate=validate,
-        throughput=Throughput(config.model, peak, devices=engine.world_size),
+        throughput=Throughput(
+            config.model, peak, devices=engine.world_size, outputs=1 if config.stage.kind == "reward" else None
+        ),
         metrics=Metrics(directory, config.run.wandb, config=asdict(config), enabled=directory.writes),
         measures=measures,
     )

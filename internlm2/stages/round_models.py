@@ -182,7 +182,7 @@ class RoundModels:
             seed=seed,
         )
         ids = [render(prompt.prompt, tokenizer, generation_prompt=True).ids for prompt in prompts]
-        drawn = build_generator(model, self.config.generation).generate(ids, params)
+        drawn = build_generator(model, self.config.generation, tokenizer.vocab_size).generate(ids, params)
         return [
             replace(
                 prompts[answer.prompt],

@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from internlm2.config import ConfigError, ModelConfig
-from internlm2.config.compose import CONF, describe, known_keys, load_group, register_schema, to_config
+from internlm2.config.compose import CONF, check_arguments, describe, known_keys, load_group, register_schema, to_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -132,3 +132,9 @@ def test_the_command_fails_with_one_line_and_code_2():
     )
     assert done.returncode == 2
     assert done.stderr == "error: model.kv_heads=3 must divide model.heads=4: use one of 1, 2, 4.\n"
+
+
+def test_a_group_cannot_be_null():
+    with pytest.raises(ConfigError, match=r"reward=null: leave reward out, or name an option\. Available: conditional"):
+        check_arguments(["stage=rm", "reward=null"])
+    assert check_arguments(["init_from=null", "stage=rm"]) is None

@@ -126,7 +126,7 @@ def test_an_epoch_holds_every_pair_once_within_the_budget(build):
     assert sorted(seen) == list(range(80))
     sizes = [sum(len(batch.ids) for batch in parts) for parts in batches]
     assert max(sizes) <= 256
-    assert all(size + 2 * 64 > 256 for size in sizes[:-1])  # filled
+    assert max(sizes) - min(sizes) <= 64  # no remainder: a record has fewer tokens than that
     again = [pair for position in range(steps, steps + stream.steps(2) - steps) for pair in pairs_of(stream, position)]
     assert sorted(again) == sorted(seen)
     assert again != seen

@@ -238,6 +238,20 @@ def test_what_cannot_be_generated_is_refused(model):
         Engine(model, quantize="w3")
     with pytest.raises(ValueError, match="max_rows must be at least 1"):
         Engine(model, max_rows=0)
+    with pytest.raises(ValueError, match="vocab_size must be at least 1"):
+        Engine(model, vocab_size=0)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, SamplingParams(max_new_tokens=14, repetition_penalty=1.1)])
+def test_rows_beyond_the_tokenizer_are_not_drawn(prompts, params):
+    model = tiny_model()
+    with torch.no_grad():  # what would be drawn first
+        model.output_weight[-20:] = 2 * model.output_weight[:20]
+    assert any(token >= 280 for answer in Engine(model).generate(prompts, params) for token in answer.tokens)
+    for answer in Engine(model, vocab_size=280).generate(prompts, params):
+        assert max(answer.tokens) < 280
+        expected = forced_logprobs(model, prompts[answer.prompt], answer.tokens)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
 
 
 def test_rows_in_flight_are_not_mixed_with_a_new_call(model):

@@ -11,12 +11,12 @@ def logits_of(size: int, *, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
     return spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def sweep(logits, params, points=4001, seen=None):
+def sweep(logits, params, points=4001, seen=None, vocab_size=None):
     """Draws with evenly spaced uniform numbers: tokens, and each token's two log-probabilities."""
     uniforms = [(i + 0.5) / points for i in range(points)]
     rows = logits.expand(points, -1)
-    drawn = sample(rows, [params] * points, uniforms, None if seen is None else seen.expand(points, -1))
-    return drawn
+    rows_seen = None if seen is None else seen.expand(points, -1)
+    return sample(rows, [params] * points, uniforms, rows_seen, vocab_size=vocab_size)
 
 
 def transformers_scores(logits, params, prompt):
@@ -76,6 +76,25 @@ def test_distribution_is_that_of_transformers(name, size):
     counts = torch.bincount(drawn.tokens, minlength=size)
     assert (counts - 4001 * expected.exp()).abs().max() <= 1.01
     assert set(drawn.tokens.tolist()) <= set(torch.isfinite(expected).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "temperature", "top_k of all", "top_p", "min_p", "penalty"])
+def test_ids_beyond_the_vocabulary_have_no_part_in_the_draw(name, dtype):
+    """As where their logits are -inf; only `logprobs` stay those of the whole softmax, which training computes."""
+    params, logits, prompt = CUTS[name], logits_of(1500).to(dtype), [1, 4, 4, 9, 30]
+    logits[1400:] += 5.0
+    masked = logits.float().clone()
+    masked[1400:] = -float("inf")
+    seen = torch.zeros(1500, dtype=torch.bool)
+    seen[prompt] = True
+    drawn = sweep(logits, params, seen=seen, vocab_size=1400)
+    expected = transformers_scores(masked, params, prompt)
+    torch.testing.assert_close(drawn.sampling_logprobs, expected[drawn.tokens], atol=2e-5, rtol=0)
+    torch.testing.assert_close(drawn.logprobs, logits.float().log_softmax(-1)[drawn.tokens], atol=2e-5, rtol=0)
+    counts = torch.bincount(drawn.tokens, minlength=1500)
+    assert (counts - 4001 * expected.exp()).abs().max() <= 1.01
+    assert counts[1400:].sum() == 0
 
 
 def test_greedy_and_sampled_rows_side_by_side():

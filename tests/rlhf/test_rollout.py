@@ -1,5 +1,7 @@
 """Rollouts: draws that depend on seed and place alone, log-probabilities that training computes again, long prompts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,8 +29,6 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    from dataclasses import replace
-
     return CausalLM.from_config(replace(CONFIG, vocab_size=tokenizer.vocab_size), seed=1, attention="reference")
 
 
@@ -45,7 +45,8 @@ def answers(model, tokenizer, questions, n=2, quantize="none", **changes):
         n=n,
         **changes,
     )
-    return collect(Engine(model, quantize=quantize), questions, params, tokenizer)
+    sampler = Engine(model, quantize=quantize, vocab_size=tokenizer.vocab_size)
+    return collect(sampler, questions, params, tokenizer)
 
 
 def recomputed(model, rollouts, temperature=1.0):
@@ -96,6 +97,16 @@ def test_training_computes_the_samplers_logprobs_again(model, tokenizer, stream)
     again = recomputed(model, drawn)
     torch.testing.assert_close(again, sampler_logprobs(drawn, tempered=False), rtol=1e-5, atol=1e-5)
     assert drift(again, drawn, False, list)["kl"] < 1e-9
+
+
+def test_a_policy_with_rows_beyond_its_tokenizer(tokenizer, stream):
+    rows = tokenizer.vocab_size + 200
+    padded = CausalLM.from_config(replace(CONFIG, vocab_size=rows), seed=1, attention="reference")
+    questions, _ = take_questions(stream, 0, 10, tokenizer, 64)
+    drawn = answers(padded, tokenizer, questions, n=4)
+    assert max(max(rollout.tokens) for rollout in drawn) < tokenizer.vocab_size
+    again = recomputed(padded, drawn)
+    torch.testing.assert_close(again, sampler_logprobs(drawn, tempered=False), rtol=1e-5, atol=1e-5)
 
 
 def test_temperature_divides_the_logits_of_sampler_and_trainer_alike(model, tokenizer, stream):

@@ -29,6 +29,7 @@ class FakeSamplingParams:
     logprobs: int
     seed: int
     detokenize: bool
+    allowed_token_ids: list[int] | None
 
 
 @dataclass
@@ -68,7 +69,7 @@ def sampler(monkeypatch):
     module.LLM, module.SamplingParams = FakeLLM, FakeSamplingParams
     monkeypatch.setitem(sys.modules, "vllm", module)
     model = policy(dtype=torch.float32)
-    return VLLMSampler(model, 64), model
+    return VLLMSampler(model, 64, 50), model
 
 
 def agree(sampler, model):
@@ -111,9 +112,16 @@ def test_every_answer_has_its_own_seed_and_comes_back_in_order(sampler):
         5,
         [7],
     )
+    assert first.allowed_token_ids is None
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(sampler):
+    padded = VLLMSampler(sampler[1], 64, 40)
+    padded.generate([[1, 2]], SamplingParams())
+    assert padded.engine.seen[0].allowed_token_ids == list(range(40))
 
 
 def test_without_vllm_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="pip install vllm"):
-        VLLMSampler(policy(dtype=torch.float32), 64)
+        VLLMSampler(policy(dtype=torch.float32), 64, 50)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from internlm2.config import ModelConfig, RopeScalingConfig
+from internlm2.model.scalar import ScalarModel
 from internlm2.run.throughput import Throughput, causal_pairs, peak_flops, peak_memory_bytes, step_flops
 
 SHAPE = ModelConfig(
@@ -45,6 +46,17 @@ def test_flops_equal_those_that_torch_counts():
             x = x + down(rest[1](x).sigmoid() * rest[2](x))
         head(x).sum().backward()
     assert step_flops(SHAPE, tokens, tokens * tokens) == counter.get_total_flops()
+
+
+def test_a_reward_model_has_one_output_in_place_of_the_vocabulary():
+    """Oracle: FlopCounterMode over a ScalarModel, whose attention runs as plain products over the whole square."""
+    tokens = 16
+    model = ScalarModel.from_config(SHAPE, attention="reference", seed=0)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens).sum().backward()
+    assert step_flops(SHAPE, tokens, tokens * tokens, outputs=1) == counter.get_total_flops()
+    meter = Throughput(SHAPE, peak=1e9, outputs=1)
+    assert meter.measure(0.5, tokens, 1)["mfu"] == step_flops(SHAPE, tokens, 1, outputs=1) / 0.5e9
 
 
 def test_causal_pairs():

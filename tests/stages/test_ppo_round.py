@@ -266,14 +266,19 @@ def times(needle, ids):
 
 def test_the_critic_starts_as_the_reward_model_with_a_new_head(policy, reward_model):
     settings = [f"init_from={policy}", "ppo.reward.kind=model", "ppo.critic.init=reward"]
-    models = build_models(composed(*settings), policy=policy, reference=policy, reward=reward_model)
+    size = load_tokenizer(policy).vocab_size
+    models = build_models(composed(*settings), policy=policy, reference=policy, reward=reward_model, vocab_size=size)
     judge = load_scalar_model(reward_model)
     theirs = dict(judge.named_parameters())
     for name, tensor in models.critic.model.named_parameters():
         assert torch.equal(tensor, theirs[name]) == (name != "v_head.weight"), name
     # With the policy as its beginning it is another network.
     models = build_models(
-        composed(*settings[:2], "ppo.critic.init=policy"), policy=policy, reference=policy, reward=reward_model
+        composed(*settings[:2], "ppo.critic.init=policy"),
+        policy=policy,
+        reference=policy,
+        reward=reward_model,
+        vocab_size=size,
     )
     start = dict(load_model(policy).named_parameters())
     for name, tensor in models.critic.model.model.named_parameters():

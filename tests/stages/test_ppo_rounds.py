@@ -181,7 +181,7 @@ def test_a_kill_in_any_phase_changes_nothing(start, whole, tmp_path, monkeypatch
 def test_a_reward_model_that_cannot_be_trained_again(start, tmp_path):
     shutil.copytree(start, tmp_path / "root")
     (tmp_path / "root/run/rm/config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"no config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         run(start, tmp_path / "root")
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
+from internlm2.config.reward import check_reward
 from internlm2.data.chat import Message
 from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.model import CausalLM
@@ -190,9 +191,10 @@ def test_a_vocabulary_without_reward_token_is_named_or_lends_a_spare_piece(tmp_p
 def test_settings_that_cannot_work_are_refused(tmp_path, pairs):
     for change, words in (
         ("train.batch_tokens=100", "must hold a pair of the greatest length"),
-        ("reward=null", "needs the group reward"),
         ("reward.barrier.eps=9", r"reward\.barrier\.eps=9"),
         ("reward.loss=hinge", r"reward\.loss=hinge is not one of focal, plain"),
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path, pairs, None, change)
+    with pytest.raises(ConfigError, match="needs the group reward"):
+        check_reward(None, 64, 128)

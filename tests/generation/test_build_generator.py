@@ -14,10 +14,10 @@ PARAMS = SamplingParams(temperature=0.0, max_new_tokens=6)
 @pytest.mark.parametrize("quantize", ["none", "w8", "w4"])
 def test_the_group_decides_what_samples(quantize):
     model = tiny_model(torch.bfloat16)
-    built = build_generator(model, GenerationConfig(quantize=quantize, max_rows=3, kv_tokens=512))
-    assert (built.max_rows, built.kv_tokens, built.network.quantize) == (3, 512, quantize)
+    built = build_generator(model, GenerationConfig(quantize=quantize, max_rows=3, kv_tokens=512), 290)
+    assert (built.max_rows, built.kv_tokens, built.network.quantize, built.vocab_size) == (3, 512, quantize, 290)
     prompts = some_prompts(4)
-    expected = Engine(model, quantize=quantize).generate(prompts, PARAMS)
+    expected = Engine(model, quantize=quantize, vocab_size=290).generate(prompts, PARAMS)
     assert [answer.tokens for answer in built.generate(prompts, PARAMS)] == [answer.tokens for answer in expected]
 
 

@@ -1,0 +1,235 @@
+"""Reward model pairs/s: the training step of stage=rm on packed pairs against TRL's RewardTrainer.
+
+    python benchmarks/reward.py [--model small] [--seq-len 512] [--batch-tokens 4096] [--rounds 3] [--threads 2]
+                                [--clock cpu] [--json FILE] [--trl-from ENVIRONMENT/lib/python3.11/site-packages]
+
+Both sides train the same shape with one output, from random weights, on the same pairs: questions about Python out of
+the running Python (data=docstrings), the right answer against that to another question, tokenized by the same
+vocabulary and ended by the reward token. AdamW with clipping at 1.0. Ours: the batches of the preference stream without
+padding, focal ranking loss and barrier, bf16 weights with fp32 masters. TRL: as many pairs a step as ours has on
+average, padded to the longest as it does by default, its own loss, `bf16=True` (autocast over fp32 weights) with
+scaled-dot-product attention. Tokenizing is done beforehand on both sides. `--clock cpu` counts processor seconds: on a
+busy machine, with --threads 1, only the ratio means something. TRL is skipped, with its install command, where it is
+not installed; `--trl-from` names the site-packages of another environment of the same Python that has it.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from internlm2.config import ModelConfig, OptimConfig, RewardConfig, SourceConfig, TrainConfig
+from internlm2.config.compose import load_group
+from internlm2.data.corpus import Corpus
+from internlm2.data.preference_pairs import PreferencePairs
+from internlm2.data.preference_stream import PreferenceStream
+from internlm2.data.reward_sequence import RewardSequences
+from internlm2.data.shards import shard_of
+from internlm2.data.sources import open_source
+from internlm2.data.tokenizer import load_tokenizer
+from internlm2.data.tokenizer_training import train_model
+from internlm2.engine.single import SingleEngine
+from internlm2.model.scalar import ScalarModel
+from internlm2.rlhf.reward_loss import reward_loss
+
+STEPS = 3  # steps in one measurement; TRL takes one more first, to make its optimizer
+INSTALL = "pip install trl datasets"
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+OPTIM = OptimConfig(
+    lr=1e-5, min_lr_ratio=0.5, schedule="cosine", schedule_start=0.0, schedule_end=1.0, warmup_ratio=0.0, beta1=0.9,
+    beta2=0.95, eps=1e-8, weight_decay=0.01, decay_embeddings=False, clip_grad_norm=1.0,
+)  # fmt: skip
+
+
+def pairs_of_questions(folder: Path, vocab_size: int, seq_len: int, batch_tokens: int) -> PreferenceStream:
+    """The docstring questions as pairs, tokenized with a vocabulary of their own."""
+    source = open_source("questions", SourceConfig(kind="stdlib", part="questions"))
+    documents = [document for unit in source.units() for document in unit.documents()]
+    turns = [document.messages for document in documents if document.messages]
+    records = [
+        {"prompt": asked[-2].content, "chosen": asked[-1].content, "rejected": other[-1].content}
+        for asked, other in zip(turns, [*turns[1:], turns[0]], strict=True)
+    ]
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    texts = [document.plain_text or "" for document in documents]
+    (folder / "tokenizer.model").write_bytes(train_model(texts, vocab_size))
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    pairs = open_source("pairs", SourceConfig(kind="preferences", path=str(file)))
+    shard = shard_of(pairs, tokenizer, folder, progress=False)
+    corpus = Corpus({"pairs": shard}, tokenizer.fingerprint, 0.0, folder)
+    table = PreferencePairs(corpus, ["pairs"], RewardSequences(tokenizer, {}, seq_len))
+    return PreferenceStream(table, {"pairs": 1.0}, batch_tokens, 0)
+
+
+def ours(model: ModelConfig, stream: PreferenceStream, clock: Clock) -> Callable[[], tuple[int, float]]:
+    """A function that trains STEPS steps and returns (pairs, seconds)."""
+    network = ScalarModel.from_config(model, dtype=torch.float32)
+    engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
+    loss = reward_loss(load_group(RewardConfig, "reward/conditional"))
+    seq_len = stream.pairs.sequences.seq_len
+    train = TrainConfig(
+        seq_len=seq_len, batch_tokens=stream.batch_tokens, micro_batch=stream.batch_tokens // (2 * seq_len),
+        steps=STEPS, tokens=None, epochs=None,
+    )  # fmt: skip
+
+    def measure() -> tuple[int, float]:
+        pairs, started = 0, clock()
+        for _ in range(STEPS):
+            batches = stream.micro_batches(engine.step, train, 0, 1)
+            engine.train_step(batches, loss)
+            pairs += sum(batch.loss_tokens for batch in batches)
+        return pairs, clock() - started
+
+    return measure
+
+
+def rival(
+    model: ModelConfig, stream: PreferenceStream, clock: Clock, padding: list[float]
+) -> Callable[[], tuple[int, float]]:
+    """The same for TRL; its start-up before the second step is not counted. Each batch adds its share of `padding`."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        LlamaConfig,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+        PrinterCallback,
+        TrainerCallback,
+    )
+    from transformers import logging as transformers_logging
+    from trl import RewardConfig as TRLConfig
+    from trl import RewardTrainer
+
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    seq_len, table = stream.pairs.sequences.seq_len, stream.pairs.training
+    config = LlamaConfig(
+        vocab_size=model.vocab_size, hidden_size=model.hidden_size, num_hidden_layers=model.layers,
+        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size, rms_norm_eps=model.norm_eps, attn_implementation="sdpa",
+        use_cache=False, max_position_embeddings=max(seq_len, model.max_position_embeddings), num_labels=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    network = LlamaForSequenceClassification(config).float()
+    # RewardTrainer wants a tokenizer object; the data set is tokenized already.
+    empty = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2}, unk_token="<pad>"))
+    processing = PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>", eos_token="</s>")
+    sides = {"chosen_ids": table.chosen, "rejected_ids": table.rejected}
+    default = stream.pairs.domains[0]
+    columns = {key: [stream.pairs.ids(int(n), default).tolist() for n in side] for key, side in sides.items()}
+    data = datasets.Dataset.from_dict(columns).shuffle(seed=0)
+    pairs = round(len(table) / stream.steps(1))
+
+    class Steps(TrainerCallback):
+        times: list[float]
+
+        def on_step_begin(self, *args, **kwargs) -> None:
+            self.times.append(clock())
+
+        def on_step_end(self, *args, **kwargs) -> None:
+            self.times.append(clock())
+
+    class Counting(RewardTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            mask = inputs["attention_mask"]
+            padding.append(1 - float(mask.float().mean()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def measure() -> tuple[int, float]:
+        steps = Steps()
+        steps.times = []
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TRLConfig(
+                folder, per_device_train_batch_size=pairs, max_steps=STEPS + 1, learning_rate=1e-5, weight_decay=0.01,
+                adam_beta2=0.95, max_grad_norm=1.0, bf16=True, use_cpu=True, report_to=[], save_strategy="no",
+                logging_strategy="no", disable_tqdm=True, max_length=seq_len, gradient_checkpointing=False,
+            )  # fmt: skip
+            trainer = Counting(
+                model=network, args=arguments, train_dataset=data, processing_class=processing, callbacks=[steps]
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        seconds = sum(end - begin for begin, end in zip(steps.times[2::2], steps.times[3::2]))
+        return pairs * STEPS, seconds
+
+    return measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--trl-from", type=Path, help="site-packages folder that holds trl and datasets")
+    parser.add_argument("--json", dest="json_file")
+    options = parser.parse_args()
+    if options.trl_from is not None:
+        if not (options.trl_from / "trl").is_dir():
+            parser.error(f"--trl-from={options.trl_from} holds no trl")
+        sys.path.append(str(options.trl_from))  # behind our own: packages of both keep this environment's version
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(options.threads)
+    model, clock = load_group(ModelConfig, f"model/{options.model}"), CLOCKS[options.clock]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_size = min(model.vocab_size, 4096)
+        stream = pairs_of_questions(Path(folder), vocab_size, options.seq_len, options.batch_tokens)
+        padding: list[float] = []
+        sides = {"ours": ours(model, stream, clock)}
+        if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
+            print(f"TRL is not installed and left out: {INSTALL}, or name its environment with --trl-from")
+        else:
+            sides["TRL RewardTrainer, bf16=True"] = rival(model, stream, clock, padding)
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for measured in range(options.rounds + 1):
+            for name, measure in sides.items():
+                pairs, seconds = measure()
+                if measured:  # the first round warms up
+                    rates[name].append(pairs / seconds)
+        count = len(stream.pairs.training)
+        print(f"{count:,} pairs, {count / stream.steps(1):.1f} in a batch of {options.batch_tokens:,} tokens")
+        if padding:
+            print(f"padding: {statistics.mean(padding):.0%} of the tokens that TRL computes, none of ours")
+    report(rates, options)
+
+
+def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Print the medians and, if asked, write the records."""
+    records = []
+    print(f"{'':38}{'pairs/s':>10}{'ours is faster by':>20}")
+    for name, values in rates.items():
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(rates["ours"], values))
+        print(f"{name:38}{statistics.median(values):10.2f}{ratio:19.2f}x")
+        if name != "ours":
+            records.append(
+                {
+                    "work": f"reward model {options.model} on pairs, at most {options.batch_tokens} tokens a step",
+                    "rival": name,
+                    "ours": statistics.median(rates["ours"]),
+                    "theirs": statistics.median(values),
+                    "unit": "pairs/s",
+                    "ratio": ratio,
+                    "threads": options.threads,
+                    "setting": f"bf16, CPU, {options.clock} seconds",
+                }
+            )
+    if options.json_file:
+        Path(options.json_file).write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
