@@ -80,6 +80,7 @@ RM = [
     "stage=rm",
     "data=preferences",
     "data.weights.rm.docstrings=0",
+    "data.weights.rm.conflicts=1",
     *SHAPE,
     "model.initializer_range=0.02",
     "engine.dtype=fp32",
