@@ -8,11 +8,15 @@ not by the total depth. Norm weights are one.
 import hashlib
 import math
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from internlm2.config import ModelConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Values are drawn in blocks with a generator each, so that a rank can make its own slice of a large matrix alone.
 BLOCK = 1 << 20
@@ -54,3 +58,22 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int, prefix: str = 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def new_model(
+    build: Callable[[], Model], config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int | None
+) -> Model:
+    """What `build` makes, in `dtype` on `device`, with initial values from `seed`.
+
+    `seed=None` leaves the memory as it comes, for weights that are loaded next. On device="meta" nothing is allocated:
+    shapes, names and counts only.
+    """
+    with torch.device("meta"):
+        model = build()
+    model = model.to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    if seed is not None:
+        initialize(model, config, seed)
+    return model

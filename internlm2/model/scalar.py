@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internlm2.config import ConfigError, ModelConfig
-from internlm2.model.initialization import initialize
+from internlm2.model.initialization import initialize, new_model
 from internlm2.model.layouts import OUTPUT, REWARD_HEAD
 from internlm2.model.transformer import InternLM2
 from internlm2.model.weights import Weights, load_weights, open_weights
@@ -50,18 +50,14 @@ class ScalarModel(nn.Module):
         recompute: str = "none",
         seed: int | None = 0,
     ) -> "ScalarModel":
-        """A new model, as `CausalLM.from_config`: `seed=None` leaves the memory as it comes; device="meta" allocates
-        nothing.
-        """
-        with torch.device("meta"):
-            model = cls(config, attention=attention, recompute=recompute)
-        model = model.to(dtype)
-        if torch.device(device).type == "meta":
-            return model
-        model.to_empty(device=device)
-        if seed is not None:
-            initialize(model, config, seed)
-        return model
+        """A new model; see `new_model`."""
+        return new_model(
+            lambda: cls(config, attention=attention, recompute=recompute),
+            config,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """ids [T] int64, cu_seqlens [n + 1] int32 -> one number for each position, [T] float32 (float64 stays)."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm2.config import ConfigError, ModelConfig
 from internlm2.model.embedding import Embedding
 from internlm2.model.feed_forward import FeedForward
-from internlm2.model.initialization import initialize
+from internlm2.model.initialization import new_model
 from internlm2.model.loss import cross_entropy_sum, token_cross_entropy, token_logprobs
 from internlm2.model.norm import RMSNorm
 from internlm2.model.rope import RopeTables
@@ -174,19 +174,14 @@ class CausalLM(nn.Module):
         recompute: str = "none",
         seed: int | None = 0,
     ) -> "CausalLM":
-        """A new model. `seed=None` leaves the memory as it comes, for weights that are loaded next.
-
-        On device="meta" nothing is allocated: shapes, names and counts only.
-        """
-        with torch.device("meta"):
-            model = cls(config, attention=attention, recompute=recompute)
-        model = model.to(dtype)
-        if torch.device(device).type == "meta":
-            return model
-        model.to_empty(device=device)
-        if seed is not None:
-            initialize(model, config, seed)
-        return model
+        """A new model; see `new_model`."""
+        return new_model(
+            lambda: cls(config, attention=attention, recompute=recompute),
+            config,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
 
     @property
     def output_weight(self) -> Tensor:

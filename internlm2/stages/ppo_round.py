@@ -23,12 +23,7 @@ from internlm2.engine.base import Engine
 from internlm2.engine.checkpoint import CheckpointWriter
 from internlm2.engine.checkpoint_format import CheckpointError, list_checkpoints, step_directory
 from internlm2.engine.checkpoint_reader import CheckpointReader, restore_newest
-from internlm2.engine.single import DTYPES
 from internlm2.engine.together import Together
-from internlm2.model.adapters import merged_weights, save_adapter
-from internlm2.model.export import export_weights
-from internlm2.model.transformer import CausalLM
-from internlm2.model.weights import open_weights
 from internlm2.rlhf.figures import figures
 from internlm2.rlhf.kl import KLController
 from internlm2.rlhf.rewards import RewardFunction
@@ -40,6 +35,7 @@ from internlm2.run.metrics import Metrics, read_records
 from internlm2.run.provenance import record_end, record_start
 from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import peak_memory_bytes
+from internlm2.stages.exporting import export_trained
 from internlm2.stages.ppo_iteration import Iteration, Trainer, run_iteration
 from internlm2.stages.ppo_models import build_models
 from internlm2.stages.ppo_samples import keep_rollouts
@@ -355,22 +351,15 @@ def chosen_step(round_: Round) -> int:
 def export(round_: Round, step: int) -> None:
     """export/ and, with adapters, adapter/ in PEFT's format, of iteration `step`."""
     trainer, run = round_.trainer, round_.run
-    config, folder, tokenizer = trainer.config, step_directory(run.checkpoints, step), run.path / "tokenizer"
+    config, folder = trainer.config, step_directory(run.checkpoints, step)
     if not config.checkpoint.export:
         return
     if config.adapter.kind != "none":
         CheckpointReader(folder).restore(cast(Engine, round_.together))
     with trainer.models.actor.whole() as model:
-        if not run.writes:
-            return
-        if config.adapter.kind == "none":
-            weights = open_weights(folder)
-        else:
-            weights = merged_weights(cast(CausalLM, model), config.adapter, tokenizer)
-            save_adapter(run.path / "adapter", config.adapter, config.model, model.named_parameters())
-        dtype = DTYPES[config.engine.dtype]
-        written = export_weights(weights, run.export, dtype=dtype, tokenizer=tokenizer, overwrite=True)
-    log.info("exported iteration %d to %s (official InternLM2 layout, %s)", step, written.folder, config.engine.dtype)
+        if run.writes:
+            description = f"official InternLM2 layout, iteration {step}"
+            export_trained(model, config, run, checkpoint=folder, description=description)
 
 
 def result(round_: Round, code: int) -> RoundResult:

@@ -22,15 +22,14 @@ from internlm2.data.reward_sequence import REWARD_TOKEN, RewardSequences
 from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Engine, LossSum
 from internlm2.engine.build import build_engine, prepare_device
-from internlm2.engine.single import DTYPES
-from internlm2.model.adapters import add_adapters, describe, merged_weights, save_adapter, set_dropout_step
-from internlm2.model.export import REWARD_SETTINGS, export_weights
+from internlm2.model.adapters import add_adapters, describe, set_dropout_step
+from internlm2.model.export import REWARD_SETTINGS
 from internlm2.model.scalar import ScalarModel
-from internlm2.model.weights import open_weights
 from internlm2.rlhf.conditions import Conditions
 from internlm2.rlhf.held_out_pairs import HeldOutPairs
 from internlm2.rlhf.reward_loss import describe_result, reward_loss
 from internlm2.run.directory import RunDirectory
+from internlm2.stages.exporting import export_trained
 from internlm2.stages.preparation import mark_finished, run_job, start_model
 from internlm2.stages.reward_figures import figures, verdict_table
 
@@ -77,7 +76,10 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     conclude(data, engine, directory)
     with engine.whole():
         if directory.writes:
-            export(model, config, directory)
+            settings_file = directory.path / REWARD_SETTINGS
+            export_trained(
+                model, config, directory, reward_settings=settings_file, description="InternLM2ForRewardModel"
+            )
     mark_finished(job)
     return 0
 
@@ -125,19 +127,3 @@ def conclude(data: Preferences, engine: Engine, directory: RunDirectory) -> None
         for name, figure in figures(directory, judged.domains, judged.swap).items():
             directory.write_json(f"evaluation/{name}.json", figure)
     directory.write_json(REWARD_SETTINGS, content)
-
-
-def export(model: ScalarModel, config: Config, directory: RunDirectory) -> None:
-    """export/ in the layout of the released reward models, with adapters merged, and adapter/ where there is one."""
-    tokenizer, settings = directory.path / "tokenizer", directory.path / REWARD_SETTINGS
-    weights = open_weights(directory.path) if config.adapter.kind == "none" else None
-    if weights is None:
-        weights = merged_weights(model, config.adapter, tokenizer)
-        save_adapter(directory.path / "adapter", config.adapter, config.model, model.named_parameters())
-        log.info("adapter saved to %s (PEFT)", directory.path / "adapter")
-    if config.checkpoint.export:
-        dtype = DTYPES[config.engine.dtype]
-        written = export_weights(
-            weights, directory.export, dtype=dtype, tokenizer=tokenizer, reward_settings=settings, overwrite=True
-        )
-        log.info("exported to %s (InternLM2ForRewardModel, %s)", written.folder, config.engine.dtype)

@@ -15,12 +15,11 @@ from internlm2.config import Config
 from internlm2.data.batch import PackedBatch
 from internlm2.engine.base import LossSum
 from internlm2.engine.build import build_engine, prepare_device
-from internlm2.engine.single import DTYPES
-from internlm2.model.adapters import add_adapters, describe, merged_weights, save_adapter, set_dropout_step
-from internlm2.model.export import export_weights
+from internlm2.model.adapters import add_adapters, describe, merged_weights, set_dropout_step
 from internlm2.model.transformer import CausalLM
-from internlm2.model.weights import load_weights, open_weights
+from internlm2.model.weights import load_weights
 from internlm2.run.directory import RunDirectory
+from internlm2.stages.exporting import export_trained
 from internlm2.stages.preparation import load_data, mark_finished, run_job, start_model
 from internlm2.stages.pretrain import token_loss
 from internlm2.stages.samples import write_answers
@@ -62,7 +61,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
 
     with engine.whole():
         if directory.writes:
-            export(model, config, directory)
+            export_trained(model, config, directory)
     mark_finished(job)
     return 0
 
@@ -75,17 +74,3 @@ def plain(model: CausalLM, config: Config) -> CausalLM:
     merged = CausalLM.from_config(config.model, device=weight.device, dtype=weight.dtype, seed=None)
     load_weights(merged, merged_weights(model, config.adapter), "the merged adapter")
     return merged
-
-
-def export(model: CausalLM, config: Config, directory: RunDirectory) -> None:
-    """export/, with adapters merged, and adapter/ in PEFT's format where there is one."""
-    tokenizer = directory.path / "tokenizer"
-    weights = open_weights(directory.path) if config.adapter.kind == "none" else None
-    if weights is None:
-        weights = merged_weights(model, config.adapter, tokenizer)
-        save_adapter(directory.path / "adapter", config.adapter, config.model, model.named_parameters())
-        log.info("adapter saved to %s (PEFT)", directory.path / "adapter")
-    if config.checkpoint.export:
-        dtype = DTYPES[config.engine.dtype]
-        written = export_weights(weights, directory.export, dtype=dtype, tokenizer=tokenizer, overwrite=True)
-        log.info("exported to %s (official InternLM2 layout, %s)", written.folder, config.engine.dtype)
