@@ -14,18 +14,26 @@ not installed; `--trl-from` names the site-packages of another environment of th
 """
 
 import argparse
-import importlib.util
 import json
-import os
 import statistics
-import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from trl_race import (
+    CLOCKS,
+    STEPS,
+    TRAINING,
+    Clock,
+    Measure,
+    arguments,
+    llama_config,
+    placeholder_tokenizer,
+    race,
+    report,
+    step_times,
+    trl_is_here,
+)
 
 from internlm2.config import ModelConfig, OptimConfig, RewardConfig, SourceConfig, TrainConfig
 from internlm2.config.compose import load_group
@@ -41,10 +49,6 @@ from internlm2.engine.single import SingleEngine
 from internlm2.model.scalar import ScalarModel
 from internlm2.rlhf.reward_loss import reward_loss
 
-STEPS = 3  # steps in one measurement; TRL takes one more first, to make its optimizer
-INSTALL = "pip install trl datasets"
-Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 OPTIM = OptimConfig(
     lr=1e-5, min_lr_ratio=0.5, schedule="cosine", schedule_start=0.0, schedule_end=1.0, warmup_ratio=0.0, beta1=0.9,
     beta2=0.95, eps=1e-8, weight_decay=0.01, decay_embeddings=False, clip_grad_norm=1.0,
@@ -72,7 +76,7 @@ def pairs_of_questions(folder: Path, vocab_size: int, seq_len: int, batch_tokens
     return PreferenceStream(table, {"pairs": 1.0}, batch_tokens, 0)
 
 
-def ours(model: ModelConfig, stream: PreferenceStream, clock: Clock) -> Callable[[], tuple[int, float]]:
+def ours(model: ModelConfig, stream: PreferenceStream, clock: Clock) -> Measure:
     """A function that trains STEPS steps and returns (pairs, seconds)."""
     network = ScalarModel.from_config(model, dtype=torch.float32)
     engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
@@ -94,19 +98,10 @@ def ours(model: ModelConfig, stream: PreferenceStream, clock: Clock) -> Callable
     return measure
 
 
-def rival(
-    model: ModelConfig, stream: PreferenceStream, clock: Clock, padding: list[float]
-) -> Callable[[], tuple[int, float]]:
+def rival(model: ModelConfig, stream: PreferenceStream, clock: Clock, padding: list[float]) -> Measure:
     """The same for TRL; its start-up before the second step is not counted. Each batch adds its share of `padding`."""
     import datasets
-    from tokenizers import Tokenizer, models
-    from transformers import (
-        LlamaConfig,
-        LlamaForSequenceClassification,
-        PreTrainedTokenizerFast,
-        PrinterCallback,
-        TrainerCallback,
-    )
+    from transformers import LlamaForSequenceClassification, PrinterCallback
     from transformers import logging as transformers_logging
     from trl import RewardConfig as TRLConfig
     from trl import RewardTrainer
@@ -114,31 +109,12 @@ def rival(
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     seq_len, table = stream.pairs.sequences.seq_len, stream.pairs.training
-    config = LlamaConfig(
-        vocab_size=model.vocab_size, hidden_size=model.hidden_size, num_hidden_layers=model.layers,
-        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size, rms_norm_eps=model.norm_eps, attn_implementation="sdpa",
-        use_cache=False, max_position_embeddings=max(seq_len, model.max_position_embeddings), num_labels=1,
-        pad_token_id=0,
-    )  # fmt: skip
-    network = LlamaForSequenceClassification(config).float()
-    # RewardTrainer wants a tokenizer object; the data set is tokenized already.
-    empty = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2}, unk_token="<pad>"))
-    processing = PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>", eos_token="</s>")
+    network = LlamaForSequenceClassification(llama_config(model, seq_len, num_labels=1, pad_token_id=0)).float()
     sides = {"chosen_ids": table.chosen, "rejected_ids": table.rejected}
     default = stream.pairs.domains[0]
     columns = {key: [stream.pairs.ids(int(n), default).tolist() for n in side] for key, side in sides.items()}
     data = datasets.Dataset.from_dict(columns).shuffle(seed=0)
     pairs = round(len(table) / stream.steps(1))
-
-    class Steps(TrainerCallback):
-        times: list[float]
-
-        def on_step_begin(self, *args, **kwargs) -> None:
-            self.times.append(clock())
-
-        def on_step_end(self, *args, **kwargs) -> None:
-            self.times.append(clock())
 
     class Counting(RewardTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -147,88 +123,45 @@ def rival(
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def measure() -> tuple[int, float]:
-        steps = Steps()
-        steps.times = []
+        steps, seconds = step_times(clock)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TRLConfig(
-                folder, per_device_train_batch_size=pairs, max_steps=STEPS + 1, learning_rate=1e-5, weight_decay=0.01,
-                adam_beta2=0.95, max_grad_norm=1.0, bf16=True, use_cpu=True, report_to=[], save_strategy="no",
-                logging_strategy="no", disable_tqdm=True, max_length=seq_len, gradient_checkpointing=False,
-            )  # fmt: skip
+            settings = TRLConfig(
+                folder, per_device_train_batch_size=pairs, learning_rate=1e-5, max_length=seq_len, **TRAINING
+            )
             trainer = Counting(
-                model=network, args=arguments, train_dataset=data, processing_class=processing, callbacks=[steps]
+                model=network,
+                args=settings,
+                train_dataset=data,
+                processing_class=placeholder_tokenizer(),
+                callbacks=[steps],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        seconds = sum(end - begin for begin, end in zip(steps.times[2::2], steps.times[3::2]))
-        return pairs * STEPS, seconds
+        return pairs * STEPS, seconds()
 
     return measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--trl-from", type=Path, help="site-packages folder that holds trl and datasets")
-    parser.add_argument("--json", dest="json_file")
-    options = parser.parse_args()
-    if options.trl_from is not None:
-        if not (options.trl_from / "trl").is_dir():
-            parser.error(f"--trl-from={options.trl_from} holds no trl")
-        sys.path.append(str(options.trl_from))  # behind our own: packages of both keep this environment's version
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    torch.set_num_threads(options.threads)
+    options = arguments(parser)
     model, clock = load_group(ModelConfig, f"model/{options.model}"), CLOCKS[options.clock]
     with tempfile.TemporaryDirectory() as folder:
         vocab_size = min(model.vocab_size, 4096)
         stream = pairs_of_questions(Path(folder), vocab_size, options.seq_len, options.batch_tokens)
         padding: list[float] = []
         sides = {"ours": ours(model, stream, clock)}
-        if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
-            print(f"TRL is not installed and left out: {INSTALL}, or name its environment with --trl-from")
-        else:
+        if trl_is_here():
             sides["TRL RewardTrainer, bf16=True"] = rival(model, stream, clock, padding)
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for measured in range(options.rounds + 1):
-            for name, measure in sides.items():
-                pairs, seconds = measure()
-                if measured:  # the first round warms up
-                    rates[name].append(pairs / seconds)
+        rates = race(sides, options.rounds)
         count = len(stream.pairs.training)
         print(f"{count:,} pairs, {count / stream.steps(1):.1f} in a batch of {options.batch_tokens:,} tokens")
         if padding:
             print(f"padding: {statistics.mean(padding):.0%} of the tokens that TRL computes, none of ours")
-    report(rates, options)
-
-
-def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
-    """Print the medians and, if asked, write the records."""
-    records = []
-    print(f"{'':38}{'pairs/s':>10}{'ours is faster by':>20}")
-    for name, values in rates.items():
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(rates["ours"], values))
-        print(f"{name:38}{statistics.median(values):10.2f}{ratio:19.2f}x")
-        if name != "ours":
-            records.append(
-                {
-                    "work": f"reward model {options.model} on pairs, at most {options.batch_tokens} tokens a step",
-                    "rival": name,
-                    "ours": statistics.median(rates["ours"]),
-                    "theirs": statistics.median(values),
-                    "unit": "pairs/s",
-                    "ratio": ratio,
-                    "threads": options.threads,
-                    "setting": f"bf16, CPU, {options.clock} seconds",
-                }
-            )
-    if options.json_file:
-        Path(options.json_file).write_text(json.dumps(records, indent=1), encoding="utf-8")
+    work = f"reward model {options.model} on pairs, at most {options.batch_tokens} tokens a step"
+    report(rates, work, "pairs/s", options)
 
 
 if __name__ == "__main__":
