@@ -16,7 +16,7 @@ def gradient(emulation: Emulation, case: AttentionCase) -> torch.Tensor:
     return emulation.ops.rope_attention_backward(case.grad_out, arguments[0], out, lse, *arguments[1:])
 
 
-def check(emulation: Emulation, case: AttentionCase) -> None:
+def assert_matches(emulation: Emulation, case: AttentionCase) -> None:
     computed = gradient(emulation, case)
     _, _, expected = case.reference()
     assert computed.shape == expected.shape
@@ -30,7 +30,7 @@ def check(emulation: Emulation, case: AttentionCase) -> None:
 
 @CASES
 def test_matches_float64(scheduled: Emulation, case: AttentionCase) -> None:
-    check(scheduled, case)
+    assert_matches(scheduled, case)
 
 
 @settings(max_examples=12, deadline=None)
@@ -44,7 +44,7 @@ def test_matches_float64(scheduled: Emulation, case: AttentionCase) -> None:
 )
 def test_ragged_packings(emulation_session, lengths, groups, queries, dim, slack, seed) -> None:
     emulation_session.configure(seed=seed, copies=("lazy", "eager", "mixed")[seed % 3])
-    check(emulation_session, AttentionCase(tuple(lengths), groups, queries, dim, slack=slack, seed=seed))
+    assert_matches(emulation_session, AttentionCase(tuple(lengths), groups, queries, dim, slack=slack, seed=seed))
 
 
 def test_the_order_of_threads_does_not_change_a_bit(emulation: Emulation) -> None:

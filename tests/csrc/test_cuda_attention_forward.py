@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 CASES = pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES.keys())
 
 
-def check(emulation: Emulation, case: AttentionCase) -> None:
+def assert_matches(emulation: Emulation, case: AttentionCase) -> None:
     out, lse = emulation.ops.rope_attention_forward(*case.forward_arguments())
     expected, expected_lse, _ = case.reference()
     # Results in bf16 are off by up to 2^-8 of themselves, 2e-3 on average; rotated q and k are rounded once more.
@@ -20,7 +20,7 @@ def check(emulation: Emulation, case: AttentionCase) -> None:
 
 @CASES
 def test_matches_float64(scheduled: Emulation, case: AttentionCase) -> None:
-    check(scheduled, case)
+    assert_matches(scheduled, case)
 
 
 @settings(max_examples=15, deadline=None)
@@ -34,7 +34,7 @@ def test_matches_float64(scheduled: Emulation, case: AttentionCase) -> None:
 )
 def test_ragged_packings(emulation_session, lengths, groups, queries, dim, slack, seed) -> None:
     emulation_session.configure(seed=seed, copies=("lazy", "eager", "mixed")[seed % 3])
-    check(emulation_session, AttentionCase(tuple(lengths), groups, queries, dim, slack=slack, seed=seed))
+    assert_matches(emulation_session, AttentionCase(tuple(lengths), groups, queries, dim, slack=slack, seed=seed))
 
 
 def test_the_order_of_threads_does_not_change_a_bit(emulation: Emulation) -> None:

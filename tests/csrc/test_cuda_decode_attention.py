@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 CASES = pytest.mark.parametrize("case", DECODE_CASES.values(), ids=DECODE_CASES.keys())
 
 
-def check(emulation: Emulation, case: DecodeCase) -> None:
+def assert_matches(emulation: Emulation, case: DecodeCase) -> None:
     out = emulation.ops.decode_attention(*case.arguments())
     expected = case.reference()
     assert relative_error(out, expected) < 5e-3
@@ -19,7 +19,7 @@ def check(emulation: Emulation, case: DecodeCase) -> None:
 
 @CASES
 def test_matches_float64(scheduled: Emulation, case: DecodeCase) -> None:
-    check(scheduled, case)
+    assert_matches(scheduled, case)
 
 
 @settings(max_examples=15, deadline=None)
@@ -33,7 +33,7 @@ def test_matches_float64(scheduled: Emulation, case: DecodeCase) -> None:
 )
 def test_ragged_rows(emulation_session, lengths, spare, groups, queries, dim, seed) -> None:
     emulation_session.configure(seed=seed, copies=("lazy", "eager", "mixed")[seed % 3])
-    check(emulation_session, DecodeCase(tuple(lengths), max(lengths) + spare, groups, queries, dim, seed=seed))
+    assert_matches(emulation_session, DecodeCase(tuple(lengths), max(lengths) + spare, groups, queries, dim, seed=seed))
 
 
 def test_the_order_of_threads_does_not_change_a_bit(emulation: Emulation) -> None:

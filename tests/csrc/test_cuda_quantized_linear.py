@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 CASES = pytest.mark.parametrize("case", LINEAR_CASES.values(), ids=LINEAR_CASES.keys())
 
 
-def check(emulation: Emulation, case: LinearCase) -> None:
+def assert_matches(emulation: Emulation, case: LinearCase) -> None:
     y = emulation.ops.quantized_linear(*case.arguments())
     assert y.dtype == case.x.dtype
     expected = case.reference()
@@ -22,7 +22,7 @@ def check(emulation: Emulation, case: LinearCase) -> None:
 
 @CASES
 def test_matches_float64(scheduled: Emulation, case: LinearCase) -> None:
-    check(scheduled, case)
+    assert_matches(scheduled, case)
 
 
 @settings(max_examples=20, deadline=None)
@@ -37,7 +37,7 @@ def test_matches_float64(scheduled: Emulation, case: LinearCase) -> None:
 )
 def test_ragged_shapes(emulation_session, rows, outputs, inputs, bits, asymmetric, wide, seed) -> None:
     emulation_session.configure(seed=seed, copies=("lazy", "eager", "mixed")[seed % 3])
-    check(emulation_session, LinearCase(rows, outputs, inputs, bits, asymmetric, wide, seed))
+    assert_matches(emulation_session, LinearCase(rows, outputs, inputs, bits, asymmetric, wide, seed))
 
 
 @CASES

@@ -3,7 +3,6 @@
 import os
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -95,10 +94,8 @@ except OSError: print('refused')
 
 
 def test_time_memory_and_output_end():
-    started = time.monotonic()
     late = run_program("while True: pass", Limits(seconds=1.0, processes=False))
     assert late.late
-    assert time.monotonic() - started < 30
     stubborn = "import time, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(99)"
     sleeper = run_program(stubborn, Limits(1.0))
     assert sleeper.late
