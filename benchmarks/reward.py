@@ -17,9 +17,11 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from optimizer import OPTIM
 from trl_race import (
     CLOCKS,
     STEPS,
@@ -35,7 +37,7 @@ from trl_race import (
     trl_is_here,
 )
 
-from internlm2.config import ModelConfig, OptimConfig, RewardConfig, SourceConfig, TrainConfig
+from internlm2.config import ModelConfig, RewardConfig, SourceConfig, TrainConfig
 from internlm2.config.compose import load_group
 from internlm2.data.corpus import Corpus
 from internlm2.data.preference_pairs import PreferencePairs
@@ -49,10 +51,7 @@ from internlm2.engine.single import SingleEngine
 from internlm2.model.scalar import ScalarModel
 from internlm2.rlhf.reward_loss import reward_loss
 
-OPTIM = OptimConfig(
-    lr=1e-5, min_lr_ratio=0.5, schedule="cosine", schedule_start=0.0, schedule_end=1.0, warmup_ratio=0.0, beta1=0.9,
-    beta2=0.95, eps=1e-8, weight_decay=0.01, decay_embeddings=False, clip_grad_norm=1.0,
-)  # fmt: skip
+SETTINGS = replace(OPTIM, lr=1e-5, min_lr_ratio=0.5, weight_decay=0.01)
 
 
 def pairs_of_questions(folder: Path, vocab_size: int, seq_len: int, batch_tokens: int) -> PreferenceStream:
@@ -79,7 +78,7 @@ def pairs_of_questions(folder: Path, vocab_size: int, seq_len: int, batch_tokens
 def ours(model: ModelConfig, stream: PreferenceStream, clock: Clock) -> Measure:
     """A function that trains STEPS steps and returns (pairs, seconds)."""
     network = ScalarModel.from_config(model, dtype=torch.float32)
-    engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
+    engine = SingleEngine(network, SETTINGS, 10_000, "cpu", "bf16", "stop", None, 1)
     loss = reward_loss(load_group(RewardConfig, "reward/conditional"))
     seq_len = stream.pairs.sequences.seq_len
     train = TrainConfig(

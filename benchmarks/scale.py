@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from optimizer import OPTIM
 
 from internlm2.config import EngineConfig, ModelConfig
 from internlm2.config.compose import load_group
-from internlm2.config.optim import OptimConfig
 from internlm2.config.zero import ZeroConfig
 from internlm2.data.batch import PackedBatch
 from internlm2.engine.base import Engine, LossSum
@@ -55,21 +55,7 @@ def engine_of(name: str, model: ModelConfig, dtype: str) -> Engine:
         straggler_factor=1.5,
         zero=zero,
     )
-    optim = OptimConfig(
-        lr=3e-4,
-        min_lr_ratio=0.1,
-        schedule="constant",
-        schedule_start=0.0,
-        schedule_end=1.0,
-        warmup_ratio=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        eps=1e-8,
-        weight_decay=0.1,
-        decay_embeddings=False,
-        clip_grad_norm=1.0,
-    )
-    return build_engine(CausalLM.from_config(model, seed=0), settings, optim, 10_000)
+    return build_engine(CausalLM.from_config(model, seed=0), settings, OPTIM, 10_000)
 
 
 def token_loss(model: torch.nn.Module, batch: PackedBatch) -> LossSum:

@@ -14,10 +14,12 @@ not installed; `--trl-from` names the site-packages of another environment of th
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from optimizer import OPTIM
 from trl_race import (
     CLOCKS,
     STEPS,
@@ -33,7 +35,7 @@ from trl_race import (
     trl_is_here,
 )
 
-from internlm2.config import ModelConfig, OptimConfig, SourceConfig
+from internlm2.config import ModelConfig, SourceConfig
 from internlm2.config.compose import load_group
 from internlm2.data.corpus import Corpus
 from internlm2.data.rows import IGNORE
@@ -46,10 +48,7 @@ from internlm2.engine.base import LossSum
 from internlm2.engine.single import SingleEngine
 from internlm2.model.transformer import CausalLM
 
-OPTIM = OptimConfig(
-    lr=4e-5, min_lr_ratio=0.1, schedule="cosine", schedule_start=0.0, schedule_end=1.0, warmup_ratio=0.0, beta1=0.9,
-    beta2=0.95, eps=1e-8, weight_decay=0.01, decay_embeddings=False, clip_grad_norm=1.0,
-)  # fmt: skip
+SETTINGS = replace(OPTIM, lr=4e-5, weight_decay=0.01)
 
 
 def dialogs(folder: Path, vocab_size: int) -> Shard:
@@ -65,7 +64,7 @@ def ours(model: ModelConfig, seq_len: int, shard: Shard, clock: Clock) -> Measur
     corpus = Corpus({"questions": shard}, "", 0.0, shard.folder.parent)
     stream = TokenStream(corpus, {"questions": 1.0}, seq_len, long_conversations="cut")
     network = CausalLM.from_config(model, dtype=torch.float32)
-    engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
+    engine = SingleEngine(network, SETTINGS, 10_000, "cpu", "bf16", "stop", None, 1)
 
     def loss(network: CausalLM, batch) -> LossSum:
         return LossSum(network(batch.ids, batch.cu_seqlens, batch.max_seqlen, batch.labels), batch.loss_tokens)

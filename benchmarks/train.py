@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from optimizer import OPTIM
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from internlm2.config import ModelConfig, OptimConfig
+from internlm2.config import ModelConfig
 from internlm2.config.compose import load_group
 from internlm2.data.batch import PackedBatch
 from internlm2.engine.base import LossSum
@@ -48,22 +49,8 @@ def gemm_peak(clock: Clock) -> float:
 
 def ours(model: ModelConfig, seq_len: int, ids: torch.Tensor, clock: Clock) -> Callable[[], float]:
     """A function that trains STEPS steps and returns its seconds."""
-    optim = OptimConfig(
-        lr=3e-4,
-        min_lr_ratio=0.1,
-        schedule="cosine",
-        schedule_start=0.0,
-        schedule_end=1.0,
-        warmup_ratio=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        eps=1e-8,
-        weight_decay=0.1,
-        decay_embeddings=False,
-        clip_grad_norm=1.0,
-    )
     network = CausalLM.from_config(model, dtype=torch.float32)
-    engine = SingleEngine(network, optim, 10_000, "cpu", "bf16", "stop", None, 1)
+    engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
     labels = torch.cat([ids[1:], torch.tensor([-100])])
     batch = PackedBatch(
         ids=ids,

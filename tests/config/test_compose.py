@@ -6,23 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from internlm2.config import ConfigError, ModelConfig
-from internlm2.config.compose import CONF, check_arguments, describe, known_keys, load_group, register_schema, to_config
+from internlm2.config.compose import CONF, check_arguments, describe, known_keys, load_group
+from tests.composing import composed, hydra_context  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def hydra_context():
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str):
-    return to_config(compose("train", overrides=list(overrides)))
 
 
 def message(*overrides: str) -> str:

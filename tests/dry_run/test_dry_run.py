@@ -5,26 +5,14 @@ import tracemalloc
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from internlm2.config import ConfigError
-from internlm2.config.compose import CONF, register_schema, to_config
 from internlm2.dry_run.hollow import hollow
 from internlm2.dry_run.run import batch, dry_run, rehearse_ranks
 from internlm2.engine.build import build_engine
 from internlm2.model.transformer import CausalLM
 from internlm2.plan.plan import plan_stage
-
-
-@pytest.fixture(autouse=True)
-def hydra_context():
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str):
-    return to_config(compose("train", overrides=["stage=pretrain_4k", *overrides]))
+from tests.composing import composed, hydra_context  # noqa: F401 (a fixture)
 
 
 def test_storages_are_counted_from_birth_to_death():

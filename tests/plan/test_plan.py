@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from internlm2.config import ConfigError
-from internlm2.config.compose import CONF, register_schema, to_config
+from internlm2.config.compose import CONF
 from internlm2.plan.calibrate import calibrate
 from internlm2.plan.coefficients import fitted
 from internlm2.plan.layout import OURS
@@ -27,19 +26,9 @@ from internlm2.plan.search import Planner
 from internlm2.plan.speed import SpeedModel
 from internlm2.plan.work import make_layout
 from internlm2.run.throughput import causal_pairs, step_flops
+from tests.composing import composed, hydra_context  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def hydra_context():
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str):
-    return to_config(compose("train", overrides=list(overrides)))
 
 
 def printed(*overrides: str) -> str:
