@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> None:
 
             dry_run(configs)
             return
-        from internlm2.data.sources import check_sources
+        from internlm2.sources.source import check_sources
 
         for config in configs:
             check_ranks(config, from_environment().world_size)

@@ -29,15 +29,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import torch
 
-from internlm2.data import stdlib_corpus
 from internlm2.data.corpus import Corpus
-from internlm2.data.documents import MemoryUnit
 from internlm2.data.encoding import encode_unit
 from internlm2.data.packing import plan_rows
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import FORMAT, Shard, write_shard
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer_training import train_model
+from internlm2.sources import stdlib_corpus
+from internlm2.sources.documents import MemoryUnit
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
 
 SEQ_LEN = 4096
 VOCABULARY = 4096

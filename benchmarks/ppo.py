@@ -37,9 +37,7 @@ from torch import Tensor
 
 from internlm2.config import Config, ModelConfig
 from internlm2.config.compose import CONF, register_schema, to_config
-from internlm2.data.chat import Message
 from internlm2.data.prompts import Prompt, PromptStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.single import DTYPES, SingleEngine
 from internlm2.generation.build import build_generator
 from internlm2.model.scalar import ScalarModel
@@ -49,6 +47,8 @@ from internlm2.rlhf.kl import KLController
 from internlm2.rlhf.rollout import Question, Rollout, Sample
 from internlm2.stages.ppo_iteration import Clock, Trainer, make_experience, update
 from internlm2.stages.ppo_models import Models, sampling_weights
+from internlm2.text.chat import Message
+from internlm2.text.tokenizer import Tokenizer
 
 INSTALL = "pip install --no-deps --target /tmp/trl112 trl==1.12.0, then --trl-path /tmp/trl112"
 PHASES = ("rollout", "score", "train")

@@ -44,12 +44,12 @@ from internlm2.data.preference_pairs import PreferencePairs
 from internlm2.data.preference_stream import PreferenceStream
 from internlm2.data.reward_sequence import RewardSequences
 from internlm2.data.shards import shard_of
-from internlm2.data.sources import open_source
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.engine.single import SingleEngine
 from internlm2.model.scalar import ScalarModel
 from internlm2.rlhf.reward_loss import reward_loss
+from internlm2.sources.source import open_source
+from internlm2.text.tokenizer import load_tokenizer
+from internlm2.text.tokenizer_training import train_model
 
 SETTINGS = replace(OPTIM, lr=1e-5, min_lr_ratio=0.5, weight_decay=0.01)
 

@@ -40,13 +40,13 @@ from internlm2.config.compose import load_group
 from internlm2.data.corpus import Corpus
 from internlm2.data.rows import IGNORE
 from internlm2.data.shards import Shard, shard_of
-from internlm2.data.sources import open_source
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.engine.base import LossSum
 from internlm2.engine.single import SingleEngine
 from internlm2.model.transformer import CausalLM
+from internlm2.sources.source import open_source
+from internlm2.text.tokenizer import load_tokenizer
+from internlm2.text.tokenizer_training import train_model
 
 SETTINGS = replace(OPTIM, lr=4e-5, weight_decay=0.01)
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, TextIO
 from internlm2.config import ConfigError
 
 if TYPE_CHECKING:
-    from internlm2.data.chat import Message
-    from internlm2.data.tokenizer import Tokenizer
     from internlm2.generation import Engine, SamplingParams
+    from internlm2.text.chat import Message
+    from internlm2.text.tokenizer import Tokenizer
 
 INTERPRETER_PROMPT = (
     "You have access to a Python interpreter. To run code, write <|action_start|><|interpreter|>, a Markdown block of "
@@ -47,7 +47,7 @@ class Chat:
 
     def reset(self) -> None:
         """Back to the system messages."""
-        from internlm2.data.chat import ACTION_END, ACTION_START, Message
+        from internlm2.text.chat import ACTION_END, ACTION_START, Message
 
         self.messages = [Message("system", self.system)] if self.system else []
         if self.tools:
@@ -58,8 +58,8 @@ class Chat:
 
     def say(self, text: str) -> None:
         """One question, its answer, and with `tools` the interpreter's results and the answers to those."""
-        from internlm2.data.chat import Message
         from internlm2.generation.interpreter import code_of, run_python
+        from internlm2.text.chat import Message
 
         self.messages.append(Message("user", text))
         for calls in range(MOST_CALLS + 1):
@@ -89,7 +89,7 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """Ids of the conversation up to the assistant's turn; the oldest exchanges go where it grows too long."""
-        from internlm2.data.chat import IM_START, render
+        from internlm2.text.chat import IM_START, render
 
         room = min(self.engine.max_length, self.engine.kv_tokens) - self.params.max_new_tokens
         while True:
@@ -105,7 +105,7 @@ class Chat:
             print("[the oldest exchange is forgotten: the conversation is too long]", file=self.out)
 
     def _answer(self) -> "Message":
-        from internlm2.data.chat import parse_reply
+        from internlm2.text.chat import parse_reply
 
         self.answers += 1
         ids: list[int] = []
@@ -143,12 +143,12 @@ def load(options: argparse.Namespace) -> Chat:
     """Model, tokenizer and engine for the command line's options."""
     import torch
 
-    from internlm2.data.chat import IM_END
-    from internlm2.data.tokenizer import load_tokenizer
     from internlm2.generation import Engine, SamplingParams
     from internlm2.generation.projections import ACT_BITS
     from internlm2.model.weights import load_model, open_weights
     from internlm2.ops import describe_backend, describe_quantize
+    from internlm2.text.chat import IM_END
+    from internlm2.text.tokenizer import load_tokenizer
 
     source = find_model(options.model)
     folder = options.tokenizer or open_weights(source).tokenizer

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -26,3 +29,11 @@ def no_process_group_is_left() -> Iterator[None]:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
         pytest.fail("the test left a process group behind")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    """Bytes, a few letters and the markers: 300 ids."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_model(["the quick brown fox jumps over the lazy dog and writes code for it\n" * 20], 300))
+    return SentencePieceTokenizer(path)

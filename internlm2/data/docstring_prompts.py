@@ -5,9 +5,9 @@ rules that compare with it.
 from functools import lru_cache
 from typing import Any
 
-from internlm2.data.docstring_questions import documents
 from internlm2.data.encoding import split_hash
-from internlm2.data.permutation import derive_key, permute
+from internlm2.permutation import derive_key, permute
+from internlm2.sources.docstring_questions import documents
 
 # Share of the modules whose questions are for validation; those of `data.validation_fraction` in the data of the stages
 # before are among them.

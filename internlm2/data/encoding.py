@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import render
-from internlm2.data.documents import BadRecord, Document, Unit
-from internlm2.data.tokenizer import Tokenizer, load_tokenizer
+from internlm2.sources.documents import BadRecord, Document, Unit
+from internlm2.text.chat import render
+from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
 # Below this much input for each process, starting it takes longer than it saves.
 BYTES_PER_WORKER = 4 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from internlm2.data.cache import build_once
-from internlm2.data.permutation import shuffled
+from internlm2.permutation import shuffled
 
 FORMAT = 1
 # Items packed together by best fit: bounds the time that one placement takes and mixes documents of the whole source.

@@ -17,9 +17,9 @@ import numpy as np
 from internlm2.config import ConfigError, TrainConfig
 from internlm2.data.batch_bounds import batch_bounds
 from internlm2.data.pair_batch import PairBatch, collate_pairs
-from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.preference_pairs import PairTable, PreferencePairs
 from internlm2.data.stream import refuse_changed
+from internlm2.permutation import derive_key, shuffled
 
 FORMAT = 2
 

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from internlm2.config import ConfigError, DataConfig
-from internlm2.data import toy_tokenizer
 from internlm2.data.cache import build_once
 from internlm2.data.corpus import Corpus
-from internlm2.data.documents import BadRecord
 from internlm2.data.encoding import split_hash
-from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
-from internlm2.data.permutation import derive_key, shuffled
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import shard_of
-from internlm2.data.sources import Source, check_sources, open_sources
-from internlm2.data.tokenizer import Tokenizer
-from internlm2.data.tokenizer_training import TRAINER_VERSION, train_model
+from internlm2.permutation import derive_key, shuffled
+from internlm2.sources import toy_tokenizer
+from internlm2.sources.documents import BadRecord
+from internlm2.sources.source import Source, check_sources, open_sources
+from internlm2.text.huggingface_tokenizer import HuggingFaceTokenizer
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer import Tokenizer
+from internlm2.text.tokenizer_training import TRAINER_VERSION, train_model
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,14 @@ from typing import Any
 
 from internlm2.config import ConfigError
 from internlm2.config.ppo import PromptsConfig, PromptSourceConfig
-from internlm2.data import arithmetic, docstring_prompts, toy_language
-from internlm2.data.chat import ChatError, Message
-from internlm2.data.conversations import messages_of
-from internlm2.data.documents import RecordError
+from internlm2.data import docstring_prompts
 from internlm2.data.encoding import split_hash
 from internlm2.data.mixture import SlotTable
-from internlm2.data.permutation import derive_key, permute, shuffled
+from internlm2.permutation import derive_key, permute, shuffled
+from internlm2.sources import arithmetic, toy_language
+from internlm2.sources.conversations import messages_of
+from internlm2.sources.documents import RecordError
+from internlm2.text.chat import ChatError, Message
 
 # Kinds without a file: record of (seed, split, index).
 MADE: dict[str, Callable[[int, str, int], dict[str, Any]]] = {

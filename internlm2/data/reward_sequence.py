@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from internlm2.config import ConfigError
-from internlm2.data.tokenizer import Tokenizer
+from internlm2.text.tokenizer import Tokenizer
 
 REWARD_TOKEN = "<|reward|>"
 

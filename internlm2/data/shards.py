@@ -17,11 +17,11 @@ import numpy as np
 
 from internlm2.config import ConfigError
 from internlm2.data.cache import build_once
-from internlm2.data.documents import BadRecord
 from internlm2.data.encoding import EncodedUnit, encode_units, token_type
 from internlm2.data.progress import with_bar, with_log
-from internlm2.data.sources import Source
-from internlm2.data.tokenizer import Tokenizer
+from internlm2.sources.documents import BadRecord
+from internlm2.sources.source import Source
+from internlm2.text.tokenizer import Tokenizer
 
 FORMAT = 1
 _SHOWN_BAD = 20

@@ -20,12 +20,12 @@ from rich.text import Text
 from internlm2.config import Config, ConfigError
 from internlm2.config.compose import CONF, describe, register_schema, to_config
 from internlm2.data.corpus import Corpus
-from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.prepare import prepare
 from internlm2.data.rows import IGNORE, Row
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.usage import usage_table
+from internlm2.text.inherited_tokenizer import settle_tokenizer
+from internlm2.text.tokenizer import Tokenizer
 
 TRAINED, PLAIN, MARKER = "bold green", "dim", "magenta"
 LONGEST_SHOWN = 4000  # tokens of one document on the screen; the middle of a longer one is left out

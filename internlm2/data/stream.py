@@ -20,10 +20,10 @@ from internlm2.data.long_conversations import POLICIES, Shortened, shorten
 from internlm2.data.mixture import SlotTable
 from internlm2.data.packing import FORMAT as PACKING_FORMAT
 from internlm2.data.packing import PackingPlan, plan_of
-from internlm2.data.permutation import derive_key, permute
 from internlm2.data.rows import Row, build_row
-from internlm2.data.sources import check_weights
 from internlm2.data.usage import PoolUse
+from internlm2.permutation import derive_key, permute
+from internlm2.sources.source import check_weights
 
 if TYPE_CHECKING:
     from internlm2.data.batch import PackedBatch

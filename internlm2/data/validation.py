@@ -8,8 +8,8 @@ from internlm2.config import ConfigError
 from internlm2.data.corpus import Corpus
 from internlm2.data.long_conversations import shorten
 from internlm2.data.packing import plan_rows
-from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.rows import Row, build_row
+from internlm2.permutation import derive_key, shuffled
 
 
 def validation_rows(

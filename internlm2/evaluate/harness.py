@@ -21,11 +21,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import compose_evaluation
-from internlm2.data.chat import Message, render_text
 from internlm2.evaluate.scoring import Group, score
 from internlm2.evaluate.subject import Subject, load_subject
 from internlm2.evaluate.writing import Written, write
 from internlm2.generation import SamplingParams
+from internlm2.text.chat import Message, render_text
 
 NEW_TOKENS = 256  # where a task does not say: the hf backend's own default
 # Keys of a task's generation_kwargs that change what is drawn, by our names.

@@ -8,9 +8,9 @@ import torch
 
 from internlm2.data.batch import PackedBatch, collate
 from internlm2.data.corpus import Corpus
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.validation import validation_rows
 from internlm2.engine.base import Engine, LossFunction
+from internlm2.text.tokenizer import Tokenizer
 
 
 class HeldOut:

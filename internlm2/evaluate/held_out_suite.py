@@ -13,17 +13,17 @@ from internlm2.config import ConfigError, DataConfig, SourceConfig
 from internlm2.config.evaluate import HeldOutSuite
 from internlm2.data.batch import collate
 from internlm2.data.corpus import Corpus
-from internlm2.data.documents import Document
 from internlm2.data.prepare import prepare
 from internlm2.data.rows import IGNORE, Row
-from internlm2.data.sources import open_source
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.validation import long_validation_rows, validation_rows
 from internlm2.evaluate.batching import batches
 from internlm2.evaluate.position import LossByPosition, loss_by_position
 from internlm2.evaluate.results import Headline, Result
 from internlm2.evaluate.subject import Subject, stage_of
 from internlm2.model.transformer import CausalLM
+from internlm2.sources.documents import Document
+from internlm2.sources.source import open_source
+from internlm2.text.tokenizer import Tokenizer
 
 
 def run(subject: Subject, suite: HeldOutSuite, seed: int) -> list[Result]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import IM_END, IM_START, Message, render
-from internlm2.data.needles import LANGUAGES, Language, Needle, prose
-from internlm2.data.permutation import derive_key
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.generation import Engine, SamplingParams
+from internlm2.permutation import derive_key
+from internlm2.sources.needles import LANGUAGES, Language, Needle, prose
+from internlm2.text.chat import IM_END, IM_START, Message, render
+from internlm2.text.tokenizer import Tokenizer
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import NeedleSuite
-from internlm2.data.needles import LANGUAGES
 from internlm2.evaluate.intervals import bootstrap
 from internlm2.evaluate.needle import Answer, Haystacks, NeedleMap, ask, needle_map
 from internlm2.evaluate.results import Headline, Result
 from internlm2.evaluate.subject import Subject, read_text
+from internlm2.sources.needles import LANGUAGES
 
 
 def run(subject: Subject, suite: NeedleSuite, seed: int) -> list[Result]:

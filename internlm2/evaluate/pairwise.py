@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import EvaluateConfig, PairwiseSuite
-from internlm2.data.chat import Message, parse_reply, render
-from internlm2.data.documents import RecordError
 from internlm2.data.prompts import parse_prompt
 from internlm2.evaluate.endpoint import Endpoint
 from internlm2.evaluate.intervals import bootstrap
@@ -17,6 +15,8 @@ from internlm2.evaluate.results import Headline, Result
 from internlm2.evaluate.subject import DTYPES, Subject, device_of, load_subject
 from internlm2.generation import SamplingParams
 from internlm2.rlhf.scoring import RewardScorer
+from internlm2.sources.documents import RecordError
+from internlm2.text.chat import Message, parse_reply, render
 
 
 @dataclass(frozen=True)

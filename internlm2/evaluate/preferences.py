@@ -7,15 +7,15 @@ from itertools import permutations
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import EvaluateConfig, PreferencesSuite
-from internlm2.data.chat import Message
-from internlm2.data.documents import Document, RecordError
-from internlm2.data.preferences import PreferenceReader
 from internlm2.evaluate.intervals import bootstrap
 from internlm2.evaluate.item_files import read_items
 from internlm2.evaluate.results import Headline, Result
 from internlm2.evaluate.subject import DTYPES, device_of
 from internlm2.rlhf.conditions import Conditions
 from internlm2.rlhf.scoring import RewardScorer
+from internlm2.sources.documents import Document, RecordError
+from internlm2.sources.preferences import PreferenceReader
+from internlm2.text.chat import Message
 
 
 def run(source: str, config: EvaluateConfig) -> list[Result]:
@@ -58,7 +58,7 @@ def run(source: str, config: EvaluateConfig) -> list[Result]:
 
 
 def read_preferences(suite: PreferencesSuite) -> list[Document]:
-    """The file's records in any of the formats of `internlm2.data.preferences`."""
+    """The file's records in any of the formats of `internlm2.sources.preferences`."""
     reader = PreferenceReader("unnamed")
     documents = []
     for number, item in enumerate(read_items("suite.path", suite.path, (), suite.limit), 1):

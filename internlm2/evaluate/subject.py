@@ -8,11 +8,11 @@ import torch
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import EvaluateConfig, GenerationConfig
-from internlm2.data.chat import IM_END, IM_START
-from internlm2.data.tokenizer import Tokenizer, load_tokenizer
 from internlm2.generation import Engine
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_weights, open_weights
+from internlm2.text.chat import IM_END, IM_START
+from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

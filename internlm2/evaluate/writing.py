@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.generation import Completion, Engine, SamplingParams
+from internlm2.text.tokenizer import Tokenizer
 
 # Tokens at the end of an answer in which a stop text is looked for: each stands for at least one byte of it.
 TAIL = 24

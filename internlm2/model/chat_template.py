@@ -1,7 +1,7 @@
 """The chat template that every export carries in its tokenizer_config.json (Jinja, as transformers and the serving
 engines read it).
 
-Equal to `internlm2.data.chat.render_text` for the same messages, tools and actions included; a test holds the two
+Equal to `internlm2.text.chat.render_text` for the same messages, tools and actions included; a test holds the two
 together. It takes the released models' messages (role, content, optional `name`, actions spelled in the content) and
 OpenAI's as well: `tools`, `tool_calls`, role `tool`, content in parts. As every chat template it trusts its input:
 content that spells a marker becomes one. Where that matters, send ids.

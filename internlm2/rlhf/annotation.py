@@ -17,9 +17,9 @@ from random import Random
 from typing import Any, Protocol
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message
-from internlm2.data.permutation import derive_key
+from internlm2.permutation import derive_key
 from internlm2.rlhf.answers import Answer, messages_record, read_lines, write_lines
+from internlm2.text.chat import Message
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 REQUESTS, LABELS = "requests.jsonl", "labels.jsonl"

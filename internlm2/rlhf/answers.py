@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from internlm2.data.chat import Message
 from internlm2.run.atomic import replace_text
+from internlm2.text.chat import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from internlm2.config.rounds import AuditConfig
-from internlm2.data.permutation import derive_key
+from internlm2.permutation import derive_key
 
 
 @dataclass(frozen=True, slots=True)

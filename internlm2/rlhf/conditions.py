@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message, render
-from internlm2.data.tokenizer import Tokenizer
+from internlm2.text.chat import Message, render
+from internlm2.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

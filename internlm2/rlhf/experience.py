@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm2.data.permutation import derive_key, shuffled
+from internlm2.permutation import derive_key, shuffled
 from internlm2.rlhf.rollout import Rollout
 
 

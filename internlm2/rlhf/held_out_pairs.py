@@ -9,9 +9,9 @@ import torch
 
 from internlm2.config import RewardConfig
 from internlm2.data.pair_batch import PairBatch
-from internlm2.data.permutation import derive_key, shuffled
 from internlm2.data.preference_stream import PreferenceStream
 from internlm2.engine.base import Engine, LossSum
+from internlm2.permutation import derive_key, shuffled
 from internlm2.rlhf.ranking import focal_ranking_losses, ranking_losses
 from internlm2.rlhf.reward_loss import sequence_scores
 from internlm2.rlhf.reward_metrics import accuracy, blind_accuracy, pair_metrics

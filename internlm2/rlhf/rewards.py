@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from internlm2.config import ConfigError
-from internlm2.data import toy_language
-from internlm2.data.answers import final_number, same_number
-from internlm2.data.chat import Message
 from internlm2.rlhf.rollout import Sample
+from internlm2.sources import toy_language
+from internlm2.sources.answers import final_number, same_number
+from internlm2.text.chat import Message
 
 
 class RewardFunction(Protocol):

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message, parse_reply, render
-from internlm2.data.permutation import derive_key
 from internlm2.data.prompts import Prompt, PromptStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.generation.engine import Completion
 from internlm2.generation.parameters import SamplingParams
+from internlm2.permutation import derive_key
+from internlm2.text.chat import Message, parse_reply, render
+from internlm2.text.tokenizer import Tokenizer
 
 # Prompts that may be passed over for their length, for each that is taken, before the limit is taken to be a mistake.
 _MOST_SKIPPED = 1000

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message, render
 from internlm2.data.reward_sequence import RewardSequences
-from internlm2.data.tokenizer import Tokenizer, load_tokenizer
 from internlm2.model.export import REWARD_SETTINGS
 from internlm2.model.scalar import last_values, load_scalar_model
 from internlm2.model.weights import open_weights
 from internlm2.rlhf.conditions import Conditions
+from internlm2.text.chat import Message, render
+from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from internlm2.config import ConfigError
-from internlm2.data.permutation import derive_key
 from internlm2.generation.engine import Completion
 from internlm2.generation.parameters import SamplingParams
 from internlm2.model.export import export_weights
 from internlm2.model.layouts import llama_shapes, split_wqkv
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import Weights, model_weights
+from internlm2.permutation import derive_key
 
 
 class VLLMSampler:

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from internlm2.config import Config, ConfigError, ModelConfig
-from internlm2.data.tokenizer import Tokenizer, load_tokenizer
 from internlm2.model.layouts import REWARD_HEAD
 from internlm2.model.scalar import ScalarModel, load_scalar_weights
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import Weights, load_weights, open_weights
+from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from internlm2.config import Config, ConfigError, RopeScalingConfig
 from internlm2.config.length_proof import LengthProofConfig
-from internlm2.data.tokenizer import Tokenizer, load_tokenizer
 from internlm2.engine.build import prepare_device
 from internlm2.engine.single import DTYPES
 from internlm2.evaluate.needle import Answer, Haystacks, Question, ask, needle_map
@@ -28,6 +27,7 @@ from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_model, open_weights
 from internlm2.run.directory import RunDirectory
 from internlm2.run.provenance import record_end, record_start
+from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from internlm2.config import Config
 from internlm2.config.ppo import PPOConfig
 from internlm2.data.prompts import PromptStream
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Batch, StepResult
 from internlm2.engine.guard import TrainingStopped
 from internlm2.generation.parameters import SamplingParams
@@ -57,6 +56,7 @@ from internlm2.rlhf.objective import actor_loss, critic_loss, pretrain_batches
 from internlm2.rlhf.rollout import Rollout, as_sample, collect, rollout_seed, take_questions
 from internlm2.rlhf.shaping import RunningMoments, shape_scores, token_rewards
 from internlm2.stages.ppo_models import Models, sampling_weights, whole
+from internlm2.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from internlm2.config import Config, ConfigError
-from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.prepare import make_tokenizer, prepare
 from internlm2.data.prompts import PromptStream
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Engine
 from internlm2.engine.checkpoint import CheckpointWriter
 from internlm2.engine.checkpoint_format import CheckpointError, list_checkpoints, step_directory
@@ -42,6 +40,8 @@ from internlm2.stages.ppo_samples import keep_rollouts
 from internlm2.stages.ppo_validation import Validation
 from internlm2.stages.preparation import open_stream
 from internlm2.stages.supervised import due
+from internlm2.text.inherited_tokenizer import settle_tokenizer
+from internlm2.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

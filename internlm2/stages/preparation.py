@@ -13,10 +13,8 @@ from rich.console import Console
 from internlm2.config import Config, ConfigError, DataConfig
 from internlm2.config.start import initial_weights
 from internlm2.data.corpus import Corpus
-from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.prepare import prepare
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.data.usage import usage_table
 from internlm2.engine.base import Engine, LossFunction, StepResult
 from internlm2.engine.build import place_of_new_model
@@ -33,6 +31,8 @@ from internlm2.run.signals import StopSignals
 from internlm2.run.throughput import FORMULA, Throughput, peak_flops
 from internlm2.stages import handover
 from internlm2.stages.supervised import Job, Stream, loss_tokens, resume, train
+from internlm2.text.inherited_tokenizer import settle_tokenizer
+from internlm2.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,11 @@ import torch
 from rich.console import Console
 
 from internlm2.config import Config, ConfigError, RewardConfig
-from internlm2.data.inherited_tokenizer import settle_tokenizer
 from internlm2.data.pair_batch import PairBatch
 from internlm2.data.preference_pairs import PreferencePairs
 from internlm2.data.preference_stream import PreferenceStream
 from internlm2.data.prepare import prepare
 from internlm2.data.reward_sequence import REWARD_TOKEN, RewardSequences
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.engine.base import Engine, LossSum
 from internlm2.engine.build import build_engine, prepare_device
 from internlm2.model.adapters import add_adapters, describe, set_dropout_step
@@ -32,6 +30,8 @@ from internlm2.run.directory import RunDirectory
 from internlm2.stages.exporting import export_trained
 from internlm2.stages.preparation import mark_finished, run_job, start_model
 from internlm2.stages.reward_figures import figures, verdict_table
+from internlm2.text.inherited_tokenizer import settle_tokenizer
+from internlm2.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

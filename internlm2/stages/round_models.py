@@ -16,9 +16,7 @@ from internlm2.config import Config, ConfigError, SourceConfig
 from internlm2.config.compose import to_config
 from internlm2.config.ppo import PPOConfig
 from internlm2.config.rounds import RoundsConfig
-from internlm2.data.chat import Message, parse_reply, render
 from internlm2.data.prompts import Prompt, PromptStream
-from internlm2.data.tokenizer import load_tokenizer
 from internlm2.engine.build import prepare_device
 from internlm2.engine.process_group import sum_over_ranks
 from internlm2.engine.single import DTYPES
@@ -36,6 +34,8 @@ from internlm2.stages import reward
 from internlm2.stages.ppo_round import run_round
 from internlm2.stages.preparation import is_complete
 from internlm2.stages.round_work import Score, Stopped, Work
+from internlm2.text.chat import Message, parse_reply, render
+from internlm2.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import logging
 from collections.abc import Sequence
 
 from internlm2.config import GenerationConfig, RunConfig
-from internlm2.data.chat import Message, parse_reply, render
-from internlm2.data.tokenizer import Tokenizer
 from internlm2.generation.build import build_generator
 from internlm2.generation.engine import Completion
 from internlm2.generation.parameters import SamplingParams
 from internlm2.model.transformer import CausalLM
 from internlm2.run.directory import RunDirectory
+from internlm2.text.chat import Message, parse_reply, render
+from internlm2.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer and a builder of corpora from given documents."""
+"""A builder of corpora from given documents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,21 +6,11 @@ from pathlib import Path
 import pytest
 
 from internlm2.data.corpus import Corpus
-from internlm2.data.documents import Document, MemoryUnit
 from internlm2.data.encoding import encode_units
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm2.data.shards import Shard, write_shard
-from internlm2.data.tokenizer_training import train_model
+from internlm2.sources.documents import Document, MemoryUnit
 
 Sources = dict[str, list[list[int]]]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
-    """Bytes, a few letters and the markers: 300 ids."""
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(train_model(["the quick brown fox jumps over the lazy dog and writes code for it\n" * 20], 300))
-    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture(scope="session")

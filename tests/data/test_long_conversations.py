@@ -11,11 +11,11 @@ from internlm2.data.corpus import Corpus
 from internlm2.data.long_conversations import Shortened, last_answer_end, shorten
 from internlm2.data.rows import IGNORE
 from internlm2.data.shards import shard_of
-from internlm2.data.sources import open_source
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.data.validation import validation_rows
+from internlm2.sources.source import open_source
+from internlm2.text.tokenizer import load_tokenizer
+from internlm2.text.tokenizer_training import train_model
 
 
 def mask_of(text: str) -> np.ndarray:

@@ -10,11 +10,11 @@ from internlm2.data.batch import collate
 from internlm2.data.corpus import Corpus
 from internlm2.data.rows import build_row
 from internlm2.data.shards import shard_of
-from internlm2.data.sources import open_source
 from internlm2.data.stream import TokenStream
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.model.transformer import CausalLM
+from internlm2.sources.source import open_source
+from internlm2.text.tokenizer import load_tokenizer
+from internlm2.text.tokenizer_training import train_model
 
 MODEL = ModelConfig(
     name="test", vocab_size=330, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate_size=64,

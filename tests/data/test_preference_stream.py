@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm2.config import ConfigError, SourceConfig, TrainConfig
-from internlm2.data.chat import Message, render
 from internlm2.data.corpus import Corpus
 from internlm2.data.preference_pairs import PreferencePairs
 from internlm2.data.preference_stream import PreferenceStream
 from internlm2.data.reward_sequence import RewardSequences
 from internlm2.data.shards import shard_of
-from internlm2.data.sources import open_source
+from internlm2.sources.source import open_source
+from internlm2.text.chat import Message, render
 
 
 def train(micro_batch=1):

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from internlm2.config import ConfigError, DataConfig, LengthBucketConfig, SourceConfig, TokenizerConfig
 from internlm2.data import prepare as room
 from internlm2.data.prepare import prepare, sample_texts
-from internlm2.data.sources import open_source
 from internlm2.data.stream import TokenStream
+from internlm2.sources.source import open_source
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
 

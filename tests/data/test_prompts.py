@@ -7,11 +7,11 @@ import pytest
 
 from internlm2.config import ConfigError
 from internlm2.config.ppo import PromptsConfig, PromptSourceConfig
-from internlm2.data.answers import final_number, same_number
-from internlm2.data.arithmetic import prompt_record
-from internlm2.data.chat import Message
-from internlm2.data.documents import RecordError
 from internlm2.data.prompts import PromptStream, parse_prompt
+from internlm2.sources.answers import final_number, same_number
+from internlm2.sources.arithmetic import prompt_record
+from internlm2.sources.documents import RecordError
+from internlm2.text.chat import Message
 
 
 def write(path, records):

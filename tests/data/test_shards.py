@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from internlm2.config import ConfigError, SourceConfig
-from internlm2.data import encoding, record_files
+from internlm2.data import encoding
 from internlm2.data.shards import Shard, is_complete, shard_of
-from internlm2.data.sources import open_source
+from internlm2.sources import record_files
+from internlm2.sources.source import open_source
 
 
 @pytest.fixture

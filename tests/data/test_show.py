@@ -9,8 +9,8 @@ from rich.console import Console
 
 from internlm2.data import show
 from internlm2.data.rows import IGNORE, Row
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.tokenizer_training import train_model
+from internlm2.text.tokenizer import load_tokenizer
+from internlm2.text.tokenizer_training import train_model
 
 
 @pytest.fixture(scope="module")

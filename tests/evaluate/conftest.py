@@ -7,13 +7,13 @@ import torch
 
 from internlm2.config import ModelConfig, RopeScalingConfig
 from internlm2.config.evaluate import GenerationConfig
-from internlm2.data.needles import ENGLISH, documents
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.evaluate.subject import Subject
 from internlm2.model.export import export_weights
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import model_weights
+from internlm2.sources.needles import ENGLISH, documents
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
 
 VOCABULARY = 600
 

@@ -49,7 +49,7 @@ metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    from internlm2.data.needles import ENGLISH, prose
+    from internlm2.sources.needles import ENGLISH, prose
 
     lines = []
     for number in range(10):

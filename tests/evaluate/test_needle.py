@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm2.config import ConfigError
-from internlm2.data.needles import CHINESE, ENGLISH, LANGUAGES, PARTS, conversation, documents
 from internlm2.evaluate.needle import Answer, Haystacks, Question, ask, needle_map, says, writes
 from internlm2.evaluate.subject import Subject
 from internlm2.generation import Engine
+from internlm2.sources.needles import CHINESE, ENGLISH, LANGUAGES, PARTS, conversation, documents
 
 DEPTHS = [0.0, 10.0, 50.0, 90.0, 100.0]
 

@@ -6,12 +6,12 @@ import json
 import pytest
 
 from internlm2.chat import MOST_CALLS, Chat, find_model, main, talk
-from internlm2.data.chat import Action, Message, parse, render
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.generation import Completion, SamplingParams, Token
 from internlm2.model.export import export_weights
 from internlm2.model.weights import model_weights
+from internlm2.text.chat import Action, Message, parse, render
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
 from tests.generation.conftest import tiny_model
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from internlm2.config import ModelConfig, RopeScalingConfig
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.model.scalar import ScalarModel
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
 
 
 @pytest.fixture(autouse=True, scope="module")

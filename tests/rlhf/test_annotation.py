@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from internlm2.config import ConfigError
-from internlm2.data import toy_language as toy
 from internlm2.rlhf.annotation import (
     EndpointAnnotator,
     FileAnnotator,
@@ -18,6 +17,7 @@ from internlm2.rlhf.annotation import (
     compare,
 )
 from internlm2.rlhf.answers import Answer, read_lines, write_lines
+from internlm2.sources import toy_language as toy
 
 
 def answers(count: int = 40) -> list[Answer]:

@@ -3,10 +3,10 @@
 import pytest
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message, render
-from internlm2.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm2.data.tokenizer_training import train_model
 from internlm2.rlhf.conditions import Conditions
+from internlm2.text.chat import Message, render
+from internlm2.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm2.text.tokenizer_training import train_model
 
 TURNS = (Message("user", "Is it safe?"), Message("assistant", "Not quite."))
 CONDITIONS = Conditions({"helpful": "Judge how helpful\nthe answer is <|im_end|>.", "default": ""})

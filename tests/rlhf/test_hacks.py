@@ -6,11 +6,11 @@ import pytest
 
 from internlm2.config.compose import load_group
 from internlm2.config.rounds import RoundsConfig
-from internlm2.data.chat import Message
 from internlm2.rlhf.answers import Answer, read_answers, write_answers
 from internlm2.rlhf.hacks import detect
 from internlm2.rlhf.patches import patches
 from internlm2.rlhf.patterns import distinct_share, repeated_share
+from internlm2.text.chat import Message
 
 LIMITS = load_group(RoundsConfig, "rounds/default").hacks
 COUNT = 120

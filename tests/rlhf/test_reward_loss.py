@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from internlm2.config import BarrierConfig, OptimConfig, RewardConfig, TrainConfig
-from internlm2.data.chat import Message, render
 from internlm2.data.corpus import Corpus
-from internlm2.data.documents import Answer, MemoryUnit
 from internlm2.data.encoding import encode_units
 from internlm2.data.preference_pairs import PreferencePairs
 from internlm2.data.preference_stream import PreferenceStream
-from internlm2.data.preferences import comparison
 from internlm2.data.reward_sequence import RewardSequences
 from internlm2.data.shards import Shard, write_shard
 from internlm2.engine.base import LossSum
@@ -22,6 +19,9 @@ from internlm2.rlhf.held_out_pairs import HeldOutPairs
 from internlm2.rlhf.ranking import focal_ranking_losses, log_barrier, ranking_losses
 from internlm2.rlhf.reward_loss import describe_result, reward_loss
 from internlm2.rlhf.reward_metrics import pair_metrics
+from internlm2.sources.documents import Answer, MemoryUnit
+from internlm2.sources.preferences import comparison
+from internlm2.text.chat import Message, render
 
 SETTINGS = RewardConfig(
     loss="focal", focal_gamma=2.0, focal_detach=False, margin=0.0, barrier=BarrierConfig(0.02, 5.0, 1e-3),

@@ -8,8 +8,6 @@ import torch
 from internlm2.config import ConfigError
 from internlm2.config.ppo import PromptsConfig, PromptSourceConfig
 from internlm2.data.prompts import PromptStream
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.generation.engine import Engine
 from internlm2.generation.parameters import SamplingParams
 from internlm2.model.transformer import CausalLM
@@ -17,6 +15,8 @@ from internlm2.rlhf.experience import each_token, plan, sequence_tokens
 from internlm2.rlhf.losses import importance_weights
 from internlm2.rlhf.measure import drift, sampler_logprobs
 from internlm2.rlhf.rollout import collect, rollout_seed, take_questions
+from internlm2.sources.toy_tokenizer import write_tokenizer
+from internlm2.text.tokenizer import load_tokenizer
 from tests.rlhf.tiny_policy import CONFIG
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message
 from internlm2.data.prompts import Prompt
 from internlm2.rlhf.rewards import ModelReward, RuleReward
 from internlm2.rlhf.rollout import Sample
+from internlm2.text.chat import Message
 
 TURNS = (Message("system", "teacher"), Message("user", "sun sea"))
 

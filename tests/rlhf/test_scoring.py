@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from internlm2.config import ConfigError
-from internlm2.data.chat import Message, render
 from internlm2.model.export import REWARD_SETTINGS, export_weights
 from internlm2.model.scalar import ScalarModel
 from internlm2.model.weights import model_weights, open_weights
 from internlm2.rlhf.conditions import Conditions
 from internlm2.rlhf.scoring import RewardScorer, read_reward_settings
+from internlm2.text.chat import Message, render
 
 CONDITIONS = Conditions({"helpful": "be helpful", "brief": "be brief", "default": ""})
 TALKS = [

@@ -5,11 +5,11 @@ import random
 import torch
 
 from internlm2.config import ModelConfig, RopeScalingConfig
-from internlm2.data.chat import Message
 from internlm2.data.prompts import Prompt
 from internlm2.model.scalar import ScalarModel
 from internlm2.model.transformer import CausalLM
 from internlm2.rlhf.rollout import Question, Rollout
+from internlm2.text.chat import Message
 
 CONFIG = ModelConfig(
     name="tiny",

@@ -10,8 +10,6 @@ from rich.console import Console
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.engine.checkpoint_reader import CheckpointReader
 from internlm2.engine.guard import TrainingStopped
 from internlm2.generation.engine import Engine
@@ -23,8 +21,10 @@ from internlm2.rlhf.rewards import RuleReward
 from internlm2.rlhf.rollout import Sample
 from internlm2.rlhf.scoring import RewardScorer
 from internlm2.run.directory import RunDirectory
+from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages.ppo_models import build_models
 from internlm2.stages.ppo_round import run_round
+from internlm2.text.tokenizer import load_tokenizer
 
 SHAPE = [
     "model=micro",
@@ -199,7 +199,7 @@ def test_any_split_into_micro_batches_learns_the_same(play, overrides):
 
 
 def test_no_pad_id_is_ever_read(play, monkeypatch):
-    from internlm2.data.huggingface_tokenizer import HuggingFaceTokenizer
+    from internlm2.text.huggingface_tokenizer import HuggingFaceTokenizer
 
     settings = ["ppo.iterations=1", "ppo.critic_warmup=1"]
     _, before = play("before", *settings)
@@ -345,8 +345,8 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(play, monkeypatch):
 
 
 def test_rules(policy):
-    from internlm2.data.chat import Message
     from internlm2.data.prompts import Prompt
+    from internlm2.text.chat import Message
 
     def sample(text, answer):
         prompt = Prompt((Message("user", "?"),), "math", {"answer": answer})

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
-from internlm2.data import toy_language as toy
-from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.model.export import export_weights
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import model_weights
 from internlm2.rlhf.answers import read_answers, read_lines
 from internlm2.run.directory import RunDirectory
 from internlm2.run.report import write_report
+from internlm2.sources import toy_language as toy
+from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages import ppo, ppo_round, reward, round_models
 from internlm2.stages.preparation import is_complete
 

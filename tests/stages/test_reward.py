@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from internlm2.config import ConfigError
 from internlm2.config.compose import CONF, register_schema, to_config
 from internlm2.config.reward import check_reward
-from internlm2.data.chat import Message
-from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.model import CausalLM
 from internlm2.model.export import export_weights
 from internlm2.model.weights import model_weights, open_weights
 from internlm2.rlhf.scoring import RewardScorer
+from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages.recipe import run_stages
+from internlm2.text.chat import Message
 from tests.stages.conftest import REPOSITORY
 
 WORDS = ["sun", "sea", "tree", "bird", "stone", "rain"]

@@ -9,10 +9,10 @@ import pytest
 
 from internlm2.config.compose import load_group
 from internlm2.config.rounds import RoundsConfig
-from internlm2.data import toy_language as toy
-from internlm2.data.permutation import derive_key
+from internlm2.permutation import derive_key
 from internlm2.rlhf.annotation import FileAnnotator, FunctionAnnotator
 from internlm2.rlhf.answers import Answer, read_lines, write_lines
+from internlm2.sources import toy_language as toy
 from internlm2.stages.round_figures import figures
 from internlm2.stages.round_work import Start, Stopped, Work
 from internlm2.stages.rounds import run_rounds

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from internlm2.config import GenerationConfig
-from internlm2.data.tokenizer import load_tokenizer
-from internlm2.data.toy_tokenizer import write_tokenizer
+from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages.samples import write_answers, write_completions
+from internlm2.text.tokenizer import load_tokenizer
 from tests.generation.conftest import tiny_model
 
 
