@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from internlm2.config import ConfigError
+from internlm2.config.precision import DTYPES, settled_dtype
 
 if TYPE_CHECKING:
     from internlm2.generation import Engine, SamplingParams
@@ -156,7 +157,8 @@ def load(options: argparse.Namespace) -> Chat:
         raise ConfigError(f"{source} comes without a tokenizer: name its folder with --tokenizer.")
     tokenizer = load_tokenizer(folder)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    precision = settled_dtype(options.dtype, torch.device(device).type)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     model = load_model(source, device=device, dtype=dtype)
     params = SamplingParams(
         temperature=options.temperature,
@@ -169,7 +171,7 @@ def load(options: argparse.Namespace) -> Chat:
         seed=options.seed,
     )
     engine = Engine(model, max_rows=1, quantize=options.quantize, vocab_size=tokenizer.vocab_size)
-    print(f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {options.dtype}, {device}")
+    print(f"{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {precision}, {device}")
     print(describe_quantize(options.quantize, device, ACT_BITS))
     print(describe_backend(device, dtype, model.config.head_dim))
     return Chat(engine, tokenizer, params, options.system, options.tools)
@@ -226,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
         "--tools", action="store_true", help="run the Python that the model asks for (limits, see below)"
     )
     result.add_argument("--quantize", choices=("none", "w8", "w4"), default="none", help="weights in 8 or 4 bits")
-    result.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    result.add_argument("--dtype", choices=DTYPES, default="auto")
     result.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     result.add_argument("--tokenizer", type=Path, help="folder with the tokenizer, if not the model's own")
     result.epilog = (

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from internlm2.config.generation import GenerationConfig
 from internlm2.config.keys import key as _key
+from internlm2.config.precision import DTYPES
 from internlm2.config.schema import RopeScalingConfig
 
 
@@ -153,7 +154,7 @@ class EvaluateConfig:
     output: str | None = MISSING
     tokenizer: str | None = MISSING
     device: str = _key(choices=("auto", "cpu", "cuda"))
-    dtype: str = _key(choices=("bf16", "fp32"))
+    dtype: str = _key(choices=DTYPES)
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
     threads: int | None = _key(minimum=1)
     batch_tokens: int = _key(minimum=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from internlm2.config.errors import ConfigError
 from internlm2.config.schema import Config
 
-BYTES = {"bf16": 2, "fp32": 4}
+BYTES = {"bf16": 2, "fp32": 4}  # engine.dtype is settled by then: no "auto"
 _QUANTIZED = {"w8": 1.0, "w4": 0.5}
 
 

@@ -14,6 +14,7 @@ from internlm2.config.keys import key as _key
 from internlm2.config.length_proof import LengthProofConfig
 from internlm2.config.optim import OptimConfig
 from internlm2.config.ppo import PPOConfig, PromptsConfig
+from internlm2.config.precision import DTYPES
 from internlm2.config.reward import ConflictConfig, RewardConfig
 from internlm2.config.rounds import RoundsConfig
 from internlm2.config.zero import ENGINES, ZeroConfig
@@ -152,7 +153,7 @@ class EngineConfig:
 
     name: str = _key(choices=ENGINES)
     device: str = _key(choices=("auto", "cpu", "cuda"))
-    dtype: str = _key(choices=("bf16", "fp32"))
+    dtype: str = _key(choices=DTYPES)
     attention: str = _key(choices=("auto", "native", "flash_attn", "torch_varlen", "sdpa", "reference"))
     recompute: str = _key(choices=("none", "full"))
     threads: int | None = _key(minimum=1)

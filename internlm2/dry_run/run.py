@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from internlm2.config import Config, ConfigError
+from internlm2.config.precision import settled_dtype
 from internlm2.config.zero import check_ranks
 from internlm2.data.batch import PackedBatch
 from internlm2.dry_run.hollow import as_rank, hollow
@@ -59,6 +60,7 @@ def dry_run(configs: Sequence[Config], out: TextIO | None = None) -> None:
 
 def rehearse(config: Config) -> list[str]:
     """One stage; returns what to print."""
+    config.engine.dtype = settled_dtype(config.engine.dtype, "cuda")  # whatever this machine has
     ranks, train = config.cluster.gpus, config.train
     check_ranks(config, ranks)
     groups = ranks // config.engine.sequence_parallel

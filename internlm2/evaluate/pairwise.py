@@ -12,7 +12,7 @@ from internlm2.evaluate.endpoint import Endpoint
 from internlm2.evaluate.intervals import bootstrap
 from internlm2.evaluate.item_files import read_items
 from internlm2.evaluate.results import Headline, Result
-from internlm2.evaluate.subject import DTYPES, Subject, device_of, load_subject
+from internlm2.evaluate.subject import Subject, device_of, dtype_of, load_subject
 from internlm2.generation import SamplingParams
 from internlm2.rlhf.scoring import RewardScorer
 from internlm2.sources.documents import RecordError
@@ -138,7 +138,7 @@ def judge_of(suite: PairwiseSuite, config: EvaluateConfig) -> Judge:
         return endpoint_judge(Endpoint(named.url, named.model, named.key_variable))
     assert named.reward_model is not None
     scorer = RewardScorer.load(
-        named.reward_model, device=device_of(config), dtype=DTYPES[config.dtype], batch_tokens=config.batch_tokens
+        named.reward_model, device=device_of(config), dtype=dtype_of(config), batch_tokens=config.batch_tokens
     )
     return reward_judge(scorer, suite.tie)
 

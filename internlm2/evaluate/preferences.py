@@ -10,7 +10,7 @@ from internlm2.config.evaluate import EvaluateConfig, PreferencesSuite
 from internlm2.evaluate.intervals import bootstrap
 from internlm2.evaluate.item_files import read_items
 from internlm2.evaluate.results import Headline, Result
-from internlm2.evaluate.subject import DTYPES, device_of
+from internlm2.evaluate.subject import device_of, dtype_of
 from internlm2.rlhf.conditions import Conditions
 from internlm2.rlhf.scoring import RewardScorer
 from internlm2.sources.documents import Document, RecordError
@@ -23,7 +23,7 @@ def run(source: str, config: EvaluateConfig) -> list[Result]:
     suite: PreferencesSuite = config.suite
     documents = read_preferences(suite)
     scorer = RewardScorer.load(
-        source, device=device_of(config), dtype=DTYPES[config.dtype], attention=config.attention,
+        source, device=device_of(config), dtype=dtype_of(config), attention=config.attention,
         batch_tokens=config.batch_tokens,
     )  # fmt: skip
     told = {"with conditions": scorer.conditions} if scorer.conditions.texts and suite.conditions else {}

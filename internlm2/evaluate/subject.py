@@ -8,13 +8,12 @@ import torch
 
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import EvaluateConfig, GenerationConfig
+from internlm2.config.precision import settled_dtype
 from internlm2.generation import Engine
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_weights, open_weights
 from internlm2.text.chat import IM_END, IM_START
 from internlm2.text.tokenizer import Tokenizer, load_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -75,9 +74,7 @@ def load_subject(source: str, config: EvaluateConfig) -> Subject:
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model in {source} {shape.vocab_size:,}: "
             "name the one that belongs to it with tokenizer=."
         )
-    model = CausalLM.from_config(
-        shape, device=device, dtype=DTYPES[config.dtype], attention=config.attention, seed=None
-    )
+    model = CausalLM.from_config(shape, device=device, dtype=dtype_of(config), attention=config.attention, seed=None)
     load_weights(model, weights, source)
     model.eval().requires_grad_(False)
     return Subject(source, model, tokenizer, config.generation, config.batch_tokens)
@@ -88,6 +85,11 @@ def device_of(config: EvaluateConfig) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here: use device=cpu or auto.")
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(config: EvaluateConfig) -> torch.dtype:
+    """What `dtype` means on that device."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[settled_dtype(config.dtype, device_of(config))]
 
 
 def weights_of(source: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from internlm2.config import Config
+from internlm2.config.precision import settled_dtype
 from internlm2.engine import process_group
 from internlm2.engine.build import prepare_device
 from internlm2.engine.checkpoint_format import CheckpointError
@@ -44,8 +45,10 @@ def run_stages(configs: Sequence[Config]) -> None:
     """
     first = from_environment().is_first
     for config in configs:
+        device = prepare_device(config.engine)
+        config.engine.dtype = settled_dtype(config.engine.dtype, device.type)
         if config.engine.name != "single":
-            process_group.join(prepare_device(config.engine), config.engine.collective_seconds)
+            process_group.join(device, config.engine.collective_seconds)
         directory = RunDirectory(Path(config.root) / config.name / config.stage.name, writes=first)
         with locked(directory), logging_to(directory.log, enabled=first) as console:
             if process_group.sum_over_ranks([float(first and is_complete(directory, config))])[0]:

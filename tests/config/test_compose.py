@@ -83,7 +83,7 @@ def test_command_line_beats_preset_beats_stage():
         ("optim.lr=abc", "optim.lr: value 'abc' of type 'str' could not be converted to Float."),
         ("train.seq_len=4.5", "train.seq_len: value '4.5' of type 'float' could not be converted to Integer."),
         ("model=70b", "model=70b: no such option. Did you mean model=7b?"),
-        ("engine.dtype=fp16", "engine.dtype=fp16 is not one of bf16, fp32."),
+        ("engine.dtype=fp16", "engine.dtype=fp16 is not one of auto, bf16, fp32."),
         ("optim.lr=-1", "optim.lr=-1.0 must be at least 0.0."),
         ("optim.lr=nan", "optim.lr=nan must be at least 0.0."),
         ("model.kv_heads=3", "model.kv_heads=3 must divide model.heads=4: use one of 1, 2, 4."),
