@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from internlm2.config.errors import ConfigError
 from internlm2.config.schema import Config
 
-BYTES = {"bf16": 2, "fp32": 4}  # engine.dtype is settled by then: no "auto"
+BYTES = {"auto": 2, "bf16": 2, "fp32": 4}  # auto where nothing has settled it yet: as on a GPU
 _QUANTIZED = {"w8": 1.0, "w4": 0.5}
 
 
@@ -77,7 +77,7 @@ def _trained(name: str, parameters: int, config: Config, ranks: int) -> ModelMem
     trained = parameters if adapter.kind == "none" else _adapter_parameters(config)
     base = _QUANTIZED["w8" if adapter.bits == 8 else "w4"] if adapter.kind == "qlora" else size
     weights = parameters * base + (trained * size if adapter.kind != "none" else 0)
-    masters = trained * 4 if config.engine.dtype == "bf16" else 0
+    masters = trained * 4 if config.engine.dtype != "fp32" else 0
     share = {"zero1": (1, ranks, 1), "zero2": (1, ranks, ranks), "zero3": (ranks, ranks, ranks)}.get(engine, (1, 1, 1))
     return ModelMemory(
         name, parameters, weights / share[0], masters / share[1], trained * 8 / share[1], trained * 4 / share[2]
