@@ -32,7 +32,9 @@ def test_storages_are_counted_from_birth_to_death():
 
 def test_a_step_on_shapes_takes_what_the_real_step_takes():
     """The same engine with contents: the tensors that are left after a step are as large, to the byte."""
-    config = composed("engine=single", "cluster.gpus=1", "train.seq_len=128", "train.batch_tokens=128")
+    config = composed(
+        "engine=single", "engine.dtype=bf16", "cluster.gpus=1", "train.seq_len=128", "train.batch_tokens=128"
+    )
     one = rehearse_ranks(config, [0])[0]
     model = CausalLM(config.model, attention="reference")
     engine = build_engine(model, config.engine, config.optim, 10)
@@ -52,6 +54,7 @@ def test_planned_memory_of_one_gpu(recompute):
         "model=7b",
         "engine=single",
         "cluster.gpus=1",
+        "engine.dtype=bf16",
         "model.layers=6",
         "model.vocab_size=4096",
         "data.tokenizer.vocab_size=4096",
