@@ -1,7 +1,7 @@
 """All pairs of the sources of a stage: which answer was preferred to which.
 
-Pairs whose sides are equal, also when they become so because they are cut to the greatest length, and repetitions of a
-pair are dropped and counted.
+Pairs whose sides are equal, also when they become so because they are cut to the greatest length, repetitions of a
+pair and, if asked, pairs with too long an answer are dropped and counted.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ class SourcePairs:
     domains: str = ""
     equal: int = 0
     repeated: int = 0
+    too_long: int = 0
     cut_answers: int = 0
 
 
@@ -57,12 +58,14 @@ class PairTable:
 class PreferencePairs:
     """`training` and `held_out` pairs of the sources of a corpus, and `ids(sequence, domain)`.
 
+    `drop_long`: leave out pairs of which an answer would have to be cut, instead of cutting it.
     Raises ConfigError where a source holds no answers to compare.
     """
 
     corpus: Corpus
     sources: list[str]
     sequences: RewardSequences
+    drop_long: bool = False
     domains: list[str] = field(init=False)
     counts: list[SourcePairs] = field(init=False)
     training: PairTable = field(init=False)
@@ -114,7 +117,8 @@ class PreferencePairs:
         starts = np.flatnonzero(np.diff(records, prepend=-1))
         held = shard.held_out(self.corpus.validation_fraction)
         counts = SourcePairs(shard.name, domains=", ".join(shard.domains))
-        counts.cut_answers = int((shard.lengths > self.sequences.room).sum())
+        long = np.asarray(shard.lengths) > self.sequences.room
+        counts.cut_answers = 0 if self.drop_long else int(long.sum())
         rows: list[tuple[int, int, float, int, int, int]] = []
         base = int(self.first_sequence[source])
         for start, stop in itertools.pairwise([*starts.tolist(), len(records)]):
@@ -122,6 +126,9 @@ class PreferencePairs:
             hashes = [self.digest(base + document) for document in range(start, stop)]
             for a, b in itertools.combinations(range(start, stop), 2):
                 if scores[a] == scores[b]:
+                    continue
+                if self.drop_long and (long[a] or long[b]):
+                    counts.too_long += 1
                     continue
                 better, worse = (a, b) if scores[a] > scores[b] else (b, a)
                 sides = hashes[better - start] + hashes[worse - start]

@@ -209,6 +209,7 @@ class PreferenceStream:
             "batch_tokens": self.batch_tokens,
             "seed": self.seed,
             "validation_fraction": self.pairs.corpus.validation_fraction,
+            "drop_long": self.pairs.drop_long,
             "conditions": hashlib.sha256(conditions.encode()).hexdigest()[:16],
             "passes": dict(zip(self.pairs.sources, self.passes)),
         }

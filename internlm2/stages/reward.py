@@ -94,7 +94,8 @@ def load_preferences(config: Config, settings: RewardConfig, directory: RunDirec
     domains = sorted({domain for shard in corpus.shards.values() for domain in shard.domains})
     conditions.check(domains)
     told = {domain: conditions.ids(domain, tokenizer) for domain in domains} if settings.conditional else {}
-    pairs = PreferencePairs(corpus, list(passes), RewardSequences(tokenizer, told, config.train.seq_len))
+    sequences = RewardSequences(tokenizer, told, config.train.seq_len)
+    pairs = PreferencePairs(corpus, list(passes), sequences, drop_long=config.data.long_conversations == "drop")
     stream = PreferenceStream(pairs, passes, config.train.batch_tokens, config.seed)
     if config.train.by_epochs:
         config.train.steps = stream.steps(config.train.epochs or 0)
