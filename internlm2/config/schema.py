@@ -202,6 +202,7 @@ class ValidateConfig:
     rows: int = _key(minimum=1)
     seq_len: int | None = _key(minimum=2)
     compare_with_init: bool = MISSING
+    answers: int = _key(minimum=0)
 
 
 @dataclass

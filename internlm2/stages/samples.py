@@ -38,7 +38,7 @@ def write_completions(
         seed=seed,
     )
     texts = []
-    for prompt, answer in zip(settings.samples, _generate(model, tokenizer, generation, prompts, params)):
+    for prompt, answer in zip(settings.samples, complete(model, tokenizer, generation, prompts, params)):
         texts.append(f"{prompt}⟶{tokenizer.decode(answer.tokens, skip_special=True)}")
         log.info("sample of step %d (the prompt ends at ⟶):\n%s", step, texts[-1])
     _write(run, step, texts)
@@ -62,7 +62,7 @@ def write_answers(
     stops = (tokenizer.eos_id, tokenizer.special_id("<|im_end|>"))
     params = SamplingParams(temperature=0.0, max_new_tokens=settings.sample_tokens, stop_ids=stops)
     texts = []
-    for question, answer in zip(settings.samples, _generate(model, tokenizer, generation, prompts, params)):
+    for question, answer in zip(settings.samples, complete(model, tokenizer, generation, prompts, params)):
         reply = parse_reply(answer.tokens, tokenizer).content
         ending = "" if answer.finish == "stop" else " [...]"
         texts.append(f"Q: {question}\nA: {reply}{ending}")
@@ -70,14 +70,14 @@ def write_answers(
     _write(run, step, texts)
 
 
-def _generate(
+def complete(
     model: CausalLM,
     tokenizer: Tokenizer,
     generation: GenerationConfig,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
 ) -> list[Completion]:
-    """One answer for each prompt, in their order; the model returns to the mode that it was in."""
+    """One completion of each prompt, in their order; the model returns to the mode that it was in."""
     if not prompts:
         return []
     was_training = model.training

@@ -20,6 +20,7 @@ from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_weights
 from internlm2.run.directory import RunDirectory
 from internlm2.stages.exporting import export_trained
+from internlm2.stages.held_out_answers import HeldOutAnswers, held_out_questions
 from internlm2.stages.preparation import load_data, mark_finished, run_job, start_model
 from internlm2.stages.pretrain import token_loss
 from internlm2.stages.samples import write_answers
@@ -33,6 +34,9 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     data = load_data(config, directory, console)
     model = start_model(CausalLM, config, device, data.tokenizer, directory)
     first_start = not list(directory.samples.glob("*.txt"))
+    longest = config.run.sample_tokens
+    questions = held_out_questions(data.corpus, list(data.weights), config.validate.answers, longest)
+    held_out_answers = HeldOutAnswers(questions, data.tokenizer, longest)
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
@@ -43,6 +47,8 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
             if directory.writes:
                 samples = plain(model, config)
                 write_answers(samples, data.tokenizer, config.run, config.generation, directory, engine.step)
+                if questions:
+                    held_out_answers.measure(samples, config.generation, engine.step, directory)
 
     def loss(model: torch.nn.Module, batch: PackedBatch) -> LossSum:
         set_dropout_step(model, engine.step)
@@ -54,6 +60,9 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
 
     if first_start:
         answer()
+        if config.validate.compare_with_init:
+            before = data.held_out.measure(engine, loss)
+            log.info("before training: %s", ", ".join(f"held-out {k} {v['loss']:.4f}" for k, v in before.items()))
 
     job, stop = run_job(config, directory, console, engine, data.stream, loss, validate)
     if stop.requested is not None:
