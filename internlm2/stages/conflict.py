@@ -8,14 +8,19 @@ such verdicts bound what the unconditional model can reach.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -72,12 +77,43 @@ def _arms(config: Config, root: Path) -> Iterator[Arm]:
 
 
 def _train(arms: list[Arm], processes: int) -> Iterator[int]:
+    """Exit codes of the runs, as they end."""
     if len(arms) <= 1 or processes == 1:
         yield from map(_train_one, arms)
         return
+    running: set[concurrent.futures.Future[int]] = set()
     # A fresh interpreter, not a fork: the parent may hold threads of torch.
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_train_one, arms)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    with pool, _passing_on(signal.SIGTERM) as received:
+        try:
+            for arm in arms:  # no more than can run, so that after a signal none begins
+                if len(running) == processes:
+                    done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+                running.add(pool.submit(_train_one, arm))
+            yield from (future.result() for future in concurrent.futures.as_completed(running))
+        except BrokenProcessPool:
+            if not received:
+                raise
+            yield 128 + received[0]  # a run that was not training yet has nothing to save
+
+
+@contextlib.contextmanager
+def _passing_on(number: signal.Signals) -> Iterator[list[int]]:
+    """The signal stops the runs, which save and end, rather than leaving them behind; yields what came so far."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    before = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(number, before)
 
 
 def _train_one(arm: Arm) -> int:

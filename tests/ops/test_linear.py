@@ -1,5 +1,10 @@
 """The linear layer is nn.Linear in everything but the library that multiplies."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,3 +102,35 @@ def test_few_rows_in_bfloat16(rows, inputs, outputs, seed):
 def test_few_rows_with_gradient_keep_autograd():
     layer = Linear(32, 16, bias=False).bfloat16()
     assert layer(torch.ones(2, 32, dtype=torch.bfloat16)).requires_grad
+
+
+MEASURE = """
+import ctypes
+import torch
+from internlm2.ops import linear
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d e f g used h i".split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+torch.set_num_threads(1)
+weight, grad, x = torch.randn(128, 344), torch.randn(400, 128), torch.randn(400, 344)
+for rows in range(40, 400):
+    linear._product(x[:rows], weight)
+    linear._product(grad[:rows], weight.t())
+    linear._product(grad[:rows].t(), x[:rows].t())
+    if rows in (100, 399):
+        print(mallinfo2().used)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's count of what is in use")
+def test_products_of_ever_new_sizes_do_not_fill_memory():
+    """Packed batches have another number of rows each; unbounded, these thousand products would keep some 230 MB."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    early, late = map(int, done.stdout.split())
+    assert late - early < 10e6
