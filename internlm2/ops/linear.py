@@ -24,8 +24,8 @@ from internlm2.ops import extension
 SMALLEST_ROWS = 32
 MOST_DECODED_ROWS = 4
 
-# oneDNN, and torch's layer above it, each keep a compiled product for the last 1,024 shapes. Packed batches have another
-# number of rows at each step: with a toy model resident memory rose from 0.4 to 1.2 GiB in 100 steps. A step's own
+# oneDNN, and torch's layer above it, each keep a compiled product for the last 1,024 shapes. Packed batches have other
+# numbers of rows at each step: with a toy model resident memory rose from 0.4 to 1.2 GiB in 100 steps. A step's own
 # shapes, each of which serves all layers, are about 15. Both are read at the first product.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")

@@ -25,7 +25,7 @@ def train(micro_batch=1):
 def build(tmp_path_factory, tokenizer):
     """`build({source: records}, passes, conditions, ...)`: a stream over those records."""
 
-    def make(sources, passes=None, conditions=None, seq_len=64, batch_tokens=256, seed=0, held_out=0.0):
+    def make(sources, passes=None, conditions=None, seq_len=64, batch_tokens=256, seed=0, held_out=0.0, **more):
         shards, tmp_path = {}, tmp_path_factory.mktemp("preferences")
         for name, records in sources.items():
             file = tmp_path / f"{name}.jsonl"
@@ -36,7 +36,7 @@ def build(tmp_path_factory, tokenizer):
         told = {
             domain: render([Message("system", text)], tokenizer).ids[1:] for domain, text in (conditions or {}).items()
         }
-        pairs = PreferencePairs(corpus, list(shards), RewardSequences(tokenizer, told, seq_len))
+        pairs = PreferencePairs(corpus, list(shards), RewardSequences(tokenizer, told, seq_len), **more)
         return PreferenceStream(pairs, passes or dict.fromkeys(shards, 1.0), batch_tokens, seed)
 
     return make
@@ -67,6 +67,19 @@ def test_a_batch_holds_both_sides_behind_their_condition(build, tokenizer):
     assert batch.cu_seqlens[-1] == len(batch.ids) == sum(map(len, found))
     swapped = stream.collate(stream.pairs.training, [0], "other")
     assert sequences(swapped)[int(swapped.chosen[0])] == spoken(tokenizer, "q0", "a0", "x")
+
+
+def test_pairs_with_too_long_an_answer_are_left_out_where_asked(build, tokenizer):
+    data = records(4)
+    data[1]["chosen"], data[2]["rejected"] = "long " * 60, "long " * 60
+    stream = build({"s": data}, drop_long=True)
+    (counts,) = stream.pairs.counts
+    assert (counts.pairs, counts.too_long, counts.cut_answers) == (2, 2, 0)
+    (batch,) = stream.micro_batches(0, train(4), 0, 1)
+    assert sorted(sequences(batch)) == sorted(
+        spoken(tokenizer, f"q{i}", data[i][s]) for i in (0, 3) for s in ("chosen", "rejected")
+    )
+    assert build({"s": data}).fingerprint != stream.fingerprint
 
 
 def test_equal_and_repeated_pairs_are_dropped_and_counted(build):

@@ -127,7 +127,7 @@ for rows in range(40, 400):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's count of what is in use")
 def test_products_of_ever_new_sizes_do_not_fill_memory():
-    """Packed batches have another number of rows each; unbounded, these thousand products would keep some 230 MB."""
+    """Packed batches have another number of rows each; unbounded, these thousand products would keep 340 MB."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True, timeout=120

@@ -131,6 +131,18 @@ def test_held_out_pairs_are_judged_under_their_own_and_the_other_condition(build
             if told == domain:
                 assert verdicts.domains[domain]["margin"] == pytest.approx(difference.mean().item(), abs=1e-5)
                 assert verdicts.domains[domain]["accuracy"] == verdicts.swap[domain][domain]
+    # Nothing is computed twice for the same weights, and everything anew for others.
+    calls, evaluate = [], trained.evaluate
+    trained.evaluate = lambda batches, loss: (
+        calls.append(sum(len(b.cu_seqlens) - 1 for b in batches)) or evaluate(batches, loss)
+    )
+    assert judge.judge(trained).domains == verdicts.domains
+    assert not calls
+    trained.train_step(stream.micro_batches(0, TRAIN, 0, 1), reward_loss(SETTINGS))
+    assert judge.judge(trained).domains["brief"]["margin"] != verdicts.domains["brief"]["margin"]
+    judged = stream.pairs.held_out.take(np.concatenate(list(judge.chosen.values())))
+    answers = set(judged.chosen) | set(judged.rejected)
+    assert len(answers) <= sum(calls) < 2 * len(judged)
     together = np.concatenate([np.concatenate(scores) for scores in verdicts.scores.values()])
     assert verdicts.statistics()["std"] == pytest.approx(together.std())
     # Several ranks would each judge a part: their sums are the whole.
