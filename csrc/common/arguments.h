@@ -20,10 +20,16 @@ struct RopeAttention {
   const float* sin;
   const int32_t* cu_seqlens;     // [sequences + 1]
   const int32_t* table_offsets;  // [sequences] or null
+  // Null, or keys (rotated) and values of each sequence in a slot of a cache [S, G, 2, capacity, D], of which the first
+  // past[s] belong to tokens that have no query here. Forward only; the keys and values of qkv are then not read.
+  const void* cache;
+  const int64_t* slots;  // [sequences]
+  const int32_t* past;   // [sequences]
+  int64_t capacity;
   int64_t sequences, tokens, groups, queries, dim;
   float scale;
   void* out;   // [T, H, D]; read by the backward pass
-  float* lse;  // [H, T] log of the sum of exponentials, natural base
+  float* lse;  // [H, T] log of the sum of exponentials, natural base; null where nobody asks
   const void* grad_out;  // [T, H, D]
   void* grad_qkv;        // [T, G, R + 2, D]
   int threads;

@@ -90,6 +90,35 @@ Tensor rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor l
   return grad_qkv;
 }
 
+// Attention of tokens whose keys and values lie in a cache already, behind those of `past` earlier tokens of their sequence.
+Tensor prefill_attention(Tensor qkv, Tensor cache, Tensor slots, Tensor past, Tensor cos, Tensor sin, Tensor cu_seqlens,
+                         std::optional<Tensor> table_offsets, int64_t max_seqlen, double scale) {
+  RopeAttention a = rope_arguments(qkv, cos, sin, cu_seqlens, table_offsets, max_seqlen, scale);
+  STD_TORCH_CHECK(cache.is_cpu() && cache.is_contiguous() && cache.scalar_type() == qkv.scalar_type() && cache.dim() == 5 &&
+                      cache.size(1) == a.groups && cache.size(2) == 2 && cache.size(4) == a.dim,
+                  "prefill_attention: the cache must be a contiguous [slots, ", a.groups, ", 2, length, ", a.dim,
+                  "] of qkv's dtype, got ", shape(cache), ".");
+  check_plain("prefill_attention: slots", slots, ScalarType::Long, "int64");
+  check_plain("prefill_attention: past", past, ScalarType::Int, "int32");
+  STD_TORCH_CHECK(slots.numel() == a.sequences && past.numel() == a.sequences, "prefill_attention: slots and past must be [",
+                  a.sequences, "], one a sequence.");
+  a.cache = cache.data_ptr(), a.capacity = cache.size(3);
+  a.slots = static_cast<const int64_t*>(slots.data_ptr());
+  a.past = static_cast<const int32_t*>(past.data_ptr());
+  for (int64_t s = 0; s < a.sequences; s++) {
+    const int64_t end = (int64_t)a.past[s] + a.cu_seqlens[s + 1] - a.cu_seqlens[s];
+    STD_TORCH_CHECK(a.slots[s] >= 0 && a.slots[s] < cache.size(0), "prefill_attention: slot ", a.slots[s], " of sequence ", s,
+                    " is not one of the cache's ", cache.size(0), ".");
+    STD_TORCH_CHECK(a.past[s] >= 0 && end <= a.capacity && (a.table_offsets ? a.table_offsets[s] : 0) + end <= cos.size(0),
+                    "prefill_attention: sequence ", s, " ends at ", end, ", beyond its slot's ", a.capacity,
+                    " tokens or the cos/sin table's ", cos.size(0), " rows.");
+  }
+  Tensor out = torch::stable::new_empty(qkv, {a.tokens, a.groups * a.queries, a.dim});
+  a.out = out.data_ptr();
+  kernels().rope_attention_forward(a);
+  return out;
+}
+
 Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, double scale) {
   DecodeAttention a{};
   STD_TORCH_CHECK(q.is_cpu() && q.dim() == 3 && q.is_contiguous(),
@@ -200,6 +229,7 @@ Tensor few_rows_linear(Tensor x, Tensor weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
   m.impl("rope_attention_forward", TORCH_BOX(&rope_attention_forward));
+  m.impl("prefill_attention", TORCH_BOX(&prefill_attention));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));

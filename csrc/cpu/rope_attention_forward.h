@@ -2,6 +2,8 @@
 //
 // Keys are rotated once while they are packed, transposed, into panels; values are packed beside them; queries are rotated
 // and scaled by scale * log2(e) when a block of them is read, so the softmax is one exp2 and RoPE costs nothing of its own.
+// With a cache, keys and values come from there, and the queries are those of the last tokens alone. Where these begin at a
+// multiple of ROWS they get the bits that they get when the whole sequence is computed.
 #pragma once
 
 #include "../common/arguments.h"
@@ -29,7 +31,7 @@ class RopeAttentionForward {
         block_start(a.sequences + 1) {
     key_start[0] = block_start[0] = 0;
     for (int64_t s = 0; s < a.sequences; s++) {
-      key_start[s + 1] = key_start[s] + round_up(length(s), PANEL);
+      key_start[s + 1] = key_start[s] + round_up(past(s) + length(s), PANEL);
       block_start[s + 1] = block_start[s] + (length(s) + ROWS - 1) / ROWS;
     }
     padded = key_start[a.sequences];
@@ -52,6 +54,11 @@ class RopeAttentionForward {
   Buffer<Lane> values;                     // [G][padded / P][D]
 
   int64_t length(int64_t s) const { return a.cu_seqlens[s + 1] - a.cu_seqlens[s]; }
+  int64_t past(int64_t s) const { return a.past ? a.past[s] : 0; }
+  // A key or, with `value`, a value in the cache.
+  const T* cached(int64_t s, int64_t group, bool value, int64_t position) const {
+    return static_cast<const T*>(a.cache) + (((a.slots[s] * a.groups + group) * 2 + value) * a.capacity + position) * a.dim;
+  }
   const T* row(int64_t token, int64_t group, int64_t slot) const {
     return static_cast<const T*>(a.qkv) + token * a.token_stride + group * a.group_stride + slot * a.slot_stride;
   }
@@ -70,14 +77,19 @@ class RopeAttentionForward {
 
   void pack(int64_t padded_key, int64_t group) {
     const int64_t s = owner(key_start, a.sequences, padded_key), first = padded_key - key_start[s];
-    const int64_t count = least(PANEL, length(s) - first), token = a.cu_seqlens[s] + first;
+    const int64_t count = least(PANEL, past(s) + length(s) - first), token = a.cu_seqlens[s] + first;
     alignas(64) Element rows[PANEL * 256];
-    for (int64_t j = 0; j < count; j++)
-      rotate_row(row(token + j, group, a.queries), angles(a.cos, s, first + j), angles(a.sin, s, first + j), a.dim, 1.f,
-                 rows + j * a.dim);
+    for (int64_t j = 0; j < count; j++) {
+      if (a.cache)
+        convert(cached(s, group, false, first + j), a.dim, rows + j * a.dim);
+      else
+        rotate_row(row(token + j, group, a.queries), angles(a.cos, s, first + j), angles(a.sin, s, first + j), a.dim, 1.f,
+                   rows + j * a.dim);
+    }
     std::memset(rows + count * a.dim, 0, (PANEL - count) * a.dim * sizeof(Element));
     pack_depth_columns<Engine>(rows, a.dim, PANEL, a.dim, keys.get() + (group * padded + padded_key) * lanes, PANEL);
-    for (int64_t j = 0; j < count; j++) convert(row(token + j, group, a.queries + 1), a.dim, rows + j * a.dim);
+    for (int64_t j = 0; j < count; j++)
+      convert(a.cache ? cached(s, group, true, first + j) : row(token + j, group, a.queries + 1), a.dim, rows + j * a.dim);
     std::memset(rows + count * a.dim, 0, (PANEL - count) * a.dim * sizeof(Element));
     pack_depth_rows<Engine>(rows, a.dim, PANEL, a.dim, values.get() + (group * padded + padded_key) / P * a.dim, a.dim);
   }
@@ -90,9 +102,10 @@ class RopeAttentionForward {
   };
 
   void attend(int64_t block, int64_t group) {
-    const int64_t s = owner(block_start, a.sequences, block), first = (block - block_start[s]) * ROWS;
-    const int64_t rows = least(ROWS, length(s) - first), padded_rows = round_up(rows, TILE_ROWS);
-    const int64_t token = a.cu_seqlens[s] + first, end = first + rows, heads = a.groups * a.queries;
+    const int64_t s = owner(block_start, a.sequences, block), offset = (block - block_start[s]) * ROWS;
+    const int64_t rows = least(ROWS, length(s) - offset), padded_rows = round_up(rows, TILE_ROWS);
+    const int64_t first = past(s) + offset, end = first + rows;  // positions
+    const int64_t token = a.cu_seqlens[s] + offset, heads = a.groups * a.queries;
     Scratch scratch(a.dim);
     for (int64_t r = 0; r < a.queries; r++) {
       const int64_t head = group * a.queries + r;
@@ -106,7 +119,7 @@ class RopeAttentionForward {
         step(scratch, group * padded + key_start[s] + key, first - key, round_up(least(KEYS, end - key), WIDTH),
              padded_rows);
       for (int64_t i = 0; i < rows; i++) {
-        a.lse[head * a.tokens + token + i] = (scratch.largest[i] + log2f(scratch.total[i])) * LN_2;
+        if (a.lse) a.lse[head * a.tokens + token + i] = (scratch.largest[i] + log2f(scratch.total[i])) * LN_2;
         T* out = static_cast<T*>(a.out) + ((token + i) * heads + head) * a.dim;
         const Floats inverse = splat(1.f / scratch.total[i]);
         for (int64_t d = 0; d < a.dim; d += WIDTH) narrow(inverse * widen(&scratch.out[i * a.dim + d]), out + d);

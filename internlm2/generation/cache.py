@@ -4,14 +4,15 @@ Slots instead of pages. The decoder's time goes into reading keys and values; a 
 pages need a kernel with a block table, or a gather that costs four times the attention itself (64 rows of 256 tokens of
 SmolLM2-135M, one layer, one core: 4.2 against 1.1 ms). What pages would save is handled otherwise: slots grow in steps
 with the longest row in them, a finished row's slot is given to the next prompt, and the first B slots are always the
-active ones. What is not saved: samples of one prompt share its computation, not its memory.
+active ones. What is not saved: samples of one prompt, and prompts that begin alike, share their computation, not their
+memory.
 """
 
 import torch
 from torch import Tensor
 
 from internlm2.config import ModelConfig
-from internlm2.model.rope import RopeTables
+from internlm2.model.rope import RopeTables, rope_base
 
 # Slots grow in such steps, tokens.
 STEP = 64
@@ -77,6 +78,10 @@ class SlotCache:
         """
         self.limits = limits
         self.cos, self.sin, self.offsets = self.rope.tables(limits, self.device)
+
+    def base(self, limit: int) -> float:
+        """RoPE base of a row that ends at `limit` tokens."""
+        return rope_base(self.rope.config, limit)
 
     def keys(self, layer: int, rows: int) -> Tensor:
         """[rows, G, L, D] of the first `rows` slots."""

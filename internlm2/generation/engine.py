@@ -21,6 +21,7 @@ from internlm2.config import ConfigError
 from internlm2.generation.cache import round_up
 from internlm2.generation.network import Network
 from internlm2.generation.parameters import SamplingParams
+from internlm2.generation.prefixes import Prompt, Reading, plan
 from internlm2.generation.sampling import Drawn, sample
 from internlm2.generation.uniform import uniform
 from internlm2.model.transformer import CausalLM
@@ -124,6 +125,7 @@ class Engine:
         self._rows: list[_Row] = []  # row of each slot
         self._seen: Tensor | None = None  # [slots, V] bool, for repetition penalties
         self._cache = self.network.new_cache()
+        self._held: dict[int, Prompt] = {}  # prompts whose keys and values lie in a slot, also after their row left
 
     @property
     def busy(self) -> bool:
@@ -245,6 +247,8 @@ class Engine:
         total = len(self._rows) + len(chosen)
         longest = max(row.group.limit for row in (*self._rows, *chosen))
         self._cache.reserve(total, longest, self.max_rows, self.kv_tokens)
+        slots, capacity = self._cache.slots, self._cache.capacity
+        self._held = {s: Prompt(p.ids[:capacity], p.base) for s, p in self._held.items() if s < slots}
         for row in chosen:
             row.slot = len(self._rows)
             self._rows.append(row)
@@ -268,30 +272,55 @@ class Engine:
         return chosen
 
     def _read(self, chosen: list[_Row]) -> None:
-        """Prompts into the cache: computed once a group, copied to the other samples."""
-        readers: list[_Row] = []
+        """Prompts into the cache: computed once a group, copied to the other samples; what prompts begin with alike is
+        computed once for all.
+        """
+        readers: dict[int, _Row] = {}  # by slot
         copiers: list[_Row] = []
         for row in chosen:
             # A sample that comes later copies from a running sibling; without one the prompt is read again.
-            (copiers if row.group.slots else readers).append(row)
+            if row.group.slots:
+                copiers.append(row)
+            else:
+                readers[row.slot] = row
             row.group.slots.append(row)
-        start = 0
-        while start < len(readers):
-            end, tokens = start, 0
-            while end < len(readers) and (end == start or tokens + len(readers[end].group.ids) <= self.prefill_tokens):
-                tokens += len(readers[end].group.ids)
-                end += 1
-            batch = readers[start:end]
-            ids = torch.tensor([token for row in batch for token in row.group.ids], device=self.network.device)
-            lengths = [len(row.group.ids) for row in batch]
-            hidden = self.network.prefill(ids, lengths, [row.slot for row in batch], self._cache)
-            for row, last in zip(batch, hidden.split(1)):
-                row.group.hidden = last
-            start = end
+        prompts = {slot: self._prompt(row) for slot, row in readers.items()}
+        readings = plan(prompts, self._held)
+        for row in chosen:
+            self._held.pop(row.slot, None)
+        for wave in range(max((reading.wave for reading in readings), default=-1) + 1):
+            self._read_wave([reading for reading in readings if reading.wave == wave], readers)
+        self._held |= {row.slot: self._prompt(row) for row in chosen}
         for group in {id(row.group): row.group for row in copiers}.values():
             targets = [row.slot for row in copiers if row.group is group]
             self._cache.copy([group.slots[0].slot], targets, len(group.ids))
             self._cache.lengths[targets] = len(group.ids)
+
+    def _prompt(self, row: _Row) -> Prompt:
+        return Prompt(row.group.ids, self._cache.base(row.group.limit))
+
+    def _read_wave(self, readings: list[Reading], readers: dict[int, _Row]) -> None:
+        """Copy what is there, then read the rest in passes."""
+        moved = [reading for reading in readings if reading.source != reading.slot]
+        for start in {reading.start for reading in moved}:
+            alike = [reading for reading in moved if reading.start == start]
+            self._cache.copy([reading.source for reading in alike], [reading.slot for reading in alike], start)
+        at = 0
+        while at < len(readings):
+            end, tokens = at, 0
+            while end < len(readings):
+                more = len(readers[readings[end].slot].group.ids) - readings[end].start
+                if end > at and tokens + more > self.prefill_tokens:
+                    break
+                end, tokens = end + 1, tokens + more
+            batch = readings[at:end]
+            rest = [readers[reading.slot].group.ids[reading.start :] for reading in batch]
+            ids = torch.tensor([token for part in rest for token in part], device=self.network.device)
+            slots, past = [reading.slot for reading in batch], [reading.start for reading in batch]
+            hidden = self.network.prefill(ids, [len(part) for part in rest], slots, self._cache, past)
+            for reading, last in zip(batch, hidden.split(1)):
+                readers[reading.slot].group.hidden = last
+            at = end
 
     def _mark_prompts(self, chosen: list[_Row]) -> None:
         if self._seen is None and all(row.group.params.repetition_penalty == 1.0 for row in chosen):
@@ -356,6 +385,7 @@ class Engine:
             if self._seen is not None:
                 self._seen[holes] = self._seen[[row.slot for row in movers]]
             for row, slot in zip(movers, holes):
+                self._held[slot] = self._prompt(row)
                 row.slot = slot
         self._rows = sorted(alive, key=lambda row: row.slot)
         if self._cache.offsets is not None:

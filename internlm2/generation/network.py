@@ -14,7 +14,7 @@ from internlm2.config import ConfigError
 from internlm2.generation.cache import SlotCache
 from internlm2.generation.projections import ACT_BITS, projection
 from internlm2.model.transformer import CausalLM, Layer
-from internlm2.ops import Decoder, DecoderLayer, Projection, rope_attention
+from internlm2.ops import Decoder, DecoderLayer, Projection, first_rows, prefill_attention
 from internlm2.ops.reference import rotate, table_rows
 
 
@@ -72,28 +72,35 @@ class Network:
         """hidden [B, C] -> [B, V] in the dtype of the arithmetic."""
         return self.output(hidden)
 
-    def prefill(self, ids: Tensor, lengths: list[int], slots: list[int], cache: SlotCache) -> Tensor:
-        """Read packed prompts ids [T] into empty slots of the cache -> hidden [n, C] of each prompt's last token."""
+    def prefill(
+        self, ids: Tensor, lengths: list[int], slots: list[int], cache: SlotCache, past: list[int] | None = None
+    ) -> Tensor:
+        """Read packed prompts ids [T] into slots of the cache -> hidden [n, C] of each prompt's last token.
+
+        past  tokens of each prompt that its slot holds already; `ids` and `lengths` are then those of the rest
+        """
+        past = past or [0] * len(lengths)
         groups, dim = self.config.kv_heads, self.config.head_dim
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
         slot = torch.tensor(slots, device=self.device)
         offsets = None if cache.offsets is None else cache.offsets[slot]
         counts = torch.tensor(lengths, device=self.device)
-        positions = table_rows(bounds, None, len(ids))
+        positions = table_rows(bounds, first_rows(past, None, self.device), len(ids))
         places = cache.places(slot.repeat_interleave(counts, output_size=len(ids)), positions)
-        at = table_rows(bounds, offsets, len(ids))
+        at = table_rows(bounds, first_rows(past, offsets, self.device), len(ids))
         cos, sin = cache.cos[at], cache.sin[at]
         x = F.embedding(ids, self.embeddings).to(self.dtype)
-        decoder = self.decoder
+        decoder, backend = self.decoder, self.model.model.backend
         for index, layer in enumerate(decoder.layers):
             qkv = layer.wqkv(decoder.normed(x, layer.attention_norm)).view(len(ids), groups, -1, dim)
             keys = rotate(qkv[:, :, -2], cos, sin).to(qkv.dtype)
             cache.store(index, places, torch.stack((keys, qkv[:, :, -1]), dim=2))
-            out = rope_attention(
-                qkv, cache.cos, cache.sin, bounds, max(lengths), table_offsets=offsets, backend=self.model.model.backend
-            )
+            out = prefill_attention(
+                qkv, cache.layers[index], slot, past, cache.cos, cache.sin, bounds, max(lengths),
+                table_offsets=offsets, backend=backend,
+            )  # fmt: skip
             x = decoder.feed_forward(x + layer.wo(out.flatten(1)), layer)
-        cache.lengths[slot] = counts.to(cache.lengths)
+        cache.lengths[slot] = (counts + torch.tensor(past, device=self.device)).to(cache.lengths)
         return decoder.normed(x[bounds[1:].long() - 1], decoder.norm)
 
     def decode(self, ids: Tensor, cache: SlotCache) -> Tensor:

@@ -17,6 +17,10 @@ _LIBRARY.define(f"rope_attention_forward(Tensor qkv, {_TABLE}) -> (Tensor out, T
 # -> gradient to qkv, contiguous
 _LIBRARY.define(f"rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_TABLE}) -> Tensor")
 
+# Tokens [T] of n sequences, each behind `past` [n] tokens of its own in slot `slots` [n] of a cache [S, G, 2, L, D], which
+# holds the keys and values of all -> [T, H, D]; CPU only, no gradient
+_LIBRARY.define(f"prefill_attention(Tensor qkv, Tensor cache, Tensor slots, Tensor past, {_TABLE}) -> Tensor")
+
 # q [B, H, D], caches [B, G, L, D], lengths [B] -> [B, H, D]; no gradient
 _LIBRARY.define("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor")
 
@@ -71,6 +75,12 @@ def _rope_attention_forward(
 @torch.library.register_fake("internlm2::rope_attention_backward")
 def _rope_attention_backward(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
+
+
+@torch.library.register_fake("internlm2::prefill_attention")
+def _prefill_attention(qkv: Tensor, *rest: Any) -> Tensor:
+    tokens, groups, slots, dim = qkv.shape
+    return qkv.new_empty(tokens, groups * (slots - 2), dim)
 
 
 @torch.library.register_fake("internlm2::decode_attention")
