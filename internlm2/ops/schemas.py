@@ -17,8 +17,8 @@ _LIBRARY.define(f"rope_attention_forward(Tensor qkv, {_TABLE}) -> (Tensor out, T
 # -> gradient to qkv, contiguous
 _LIBRARY.define(f"rope_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_TABLE}) -> Tensor")
 
-# Tokens [T] of n sequences, each behind `past` [n] tokens of its own in slot `slots` [n] of a cache [S, G, 2, L, D], which
-# holds the keys and values of all -> [T, H, D]; CPU only, no gradient
+# Tokens [T] of n sequences, each behind `past` [n] tokens of its own in slot `slots` [n] of a cache [S, G, 2, L, D],
+# which holds the keys and values of all -> [T, H, D]; CPU only, no gradient
 _LIBRARY.define(f"prefill_attention(Tensor qkv, Tensor cache, Tensor slots, Tensor past, {_TABLE}) -> Tensor")
 
 # q [B, H, D], caches [B, G, L, D], lengths [B] -> [B, H, D]; no gradient

@@ -75,7 +75,10 @@ def test_as_a_torch_operator():
     *_, (qkv, cache, slots, past, cos, sin, ends, longest), _ = case([20, 9], [13, 0], 2, 3, 32, torch.float32)
     cache = cache.nan_to_num()
     earlier = torch.tensor(past, dtype=torch.int32)
-    operator, good = torch.ops.internlm2.prefill_attention, [qkv, cache, slots, earlier, cos, sin, ends, None, longest, 0.2]
+    operator, good = (
+        torch.ops.internlm2.prefill_attention,
+        [qkv, cache, slots, earlier, cos, sin, ends, None, longest, 0.2],
+    )
     torch.library.opcheck(operator, tuple(good))
     for place, wrong, message in (
         (1, cache[:, :1], "cache must be"),
