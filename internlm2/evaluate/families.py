@@ -37,7 +37,7 @@ def families(contexts: Sequence[Sequence[int]], own: Sequence[int]) -> list[Fami
     own  tokens of each one's continuations
     """
     found: list[Family] = []
-    order = sorted(range(len(contexts)), key=lambda index: contexts[index])
+    order = sorted(range(len(contexts)), key=lambda index: list(contexts[index]))
     for before, index in zip([None, *order], order):
         if before is not None:
             last, alike = found[-1], common(contexts[before], contexts[index])
