@@ -6,6 +6,7 @@
 #include "gemm.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace internlm2::INTERNLM2_ISA {
 
@@ -13,6 +14,10 @@ template <class T>
 class DecodeAttentionKernel {
   static constexpr int64_t CHUNK = 512;  // keys and values of a chunk stay in L2 between their uses
   static constexpr int HEADS = 4;        // at a time: 16 accumulators of 4 x 64 columns
+  static constexpr int64_t STEP = WIDTH == 16 ? CHUNK : 64;
+  // Accumulators of N heads: all that the registers hold.
+  template <int N>
+  static constexpr int VECTORS = WIDTH == 16 ? 4 : N == 1 ? 8 : N == 4 ? 2 : 4;
   static constexpr float MINUS_INFINITY = -__builtin_inff();
 #if defined(__AVX512BF16__)
   static constexpr bool PAIRS = sizeof(T) == 2;  // bfloat16 products where head_dim is a multiple of 32
@@ -70,21 +75,23 @@ class DecodeAttentionKernel {
   template <int N>
   void pass(const T* query, const T* keys, const T* values, int64_t count, float* out) const {
     alignas(64) float scores[N][CHUNK];
-    if (PAIRS && a.dim == 128)
-      score<N, 128>(query, keys, values, count, scores);
-    else if (PAIRS && a.dim == 96)
-      score<N, 96>(query, keys, values, count, scores);
-    else if (PAIRS && a.dim == 64)
-      score<N, 64>(query, keys, values, count, scores);
-    else
-      score<N, 0>(query, keys, values, count, scores);
+    score<N>(query, keys, values, count, scores);
     for (int r = 0; r < N; r++) softmax(scores[r], count, out + r * stride + a.dim);
     if constexpr (PAIRS) {
       if (a.dim % 32 == 0) return weigh_pairs<N>(scores, keys, values, count, out);
     }
-    int64_t d = 0;
-    for (; d + PANEL <= a.dim; d += PANEL) weigh<N, TILE_VECTORS>(scores, keys + d, values + d, count, out + d);
-    for (; d < a.dim; d += WIDTH) weigh<N, 1>(scores, keys + d, values + d, count, out + d);
+    // Values of a step stay in L1 between the passes over their columns.
+    for (int64_t first = 0; first < count; first += STEP) {
+      const int64_t end = least(count, first + STEP);
+      int64_t d = 0;
+      const auto columns = [&](auto vectors) {
+        for (; d + vectors() * WIDTH <= a.dim; d += vectors() * WIDTH)
+          weigh<N, vectors()>(scores, keys + d, values + d, first, end, out + d);
+      };
+      columns(std::integral_constant<int, VECTORS<N>>{});
+      columns(std::integral_constant<int, 2>{});
+      columns(std::integral_constant<int, 1>{});
+    }
   }
 
   // Into L2; addresses past the cache are harmless. Keys are scored while values arrive and the other way round, so that
@@ -93,49 +100,73 @@ class DecodeAttentionKernel {
     for (int64_t d = 0; d < columns; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + d, 0, 2);
   }
 
-  // scores[r][j] = q_r . k_j * scale * log2(e), WIDTH keys at a time: lane-wise partial sums, then their transpose adds up.
-  template <int N, int DIM>
+  // scores[r][j] = q_r . k_j * scale * log2(e).
+  template <int N>
   void score(const T* query, const T* keys, const T* values, int64_t count, float (*scores)[CHUNK]) const {
-    const int64_t dim = DIM ? DIM : a.dim;
+    if constexpr (PAIRS) switch (a.dim) {
+        case 128: return score_pairs<N, 128>(query, keys, values, count, scores);
+        case 96: return score_pairs<N, 96>(query, keys, values, count, scores);
+        case 64: return score_pairs<N, 64>(query, keys, values, count, scores);
+      }
+    score_wide<N>(query, keys, values, count, scores);
+  }
+
+  // WIDTH keys at a time: dot(key, products) gives lane-wise partial sums for each head, then their transpose adds up.
+  template <int N, class Dot>
+  void score_keys(const T* keys, const T* values, int64_t count, float (*scores)[CHUNK], const Dot& dot) const {
     const float scale = a.scale * 1.44269504f;
     for (int64_t j = 0; j < count; j += WIDTH) {
       Floats sums[N][WIDTH];
       for (int t = 0; t < WIDTH; t++) {
-        const T* key = keys + least(j + t, count - 1) * a.k_stride[2];
-        fetch(values + (j + t) * a.v_stride[2], dim);
-        dot<N, DIM>(query, key, dim, sums, t);
+        fetch(values + (j + t) * a.v_stride[2], a.dim);
+        Floats products[N] = {};
+        dot(keys + least(j + t, count - 1) * a.k_stride[2], products);
+        for (int r = 0; r < N; r++) sums[r][t] = products[r];
       }
       for (int r = 0; r < N; r++) store(&scores[r][j], add_up(sums[r]) * scale);
     }
   }
 
-  template <int N, int DIM>
-  static inline void dot(const T* query, const T* key, int64_t dim, Floats (*sums)[WIDTH], int t) {
+  // In float32, with the queries widened once.
+  template <int N>
+  void score_wide(const T* query, const T* keys, const T* values, int64_t count, float (*scores)[CHUNK]) const {
+    alignas(64) float wide[N][256];
+    for (int r = 0; r < N; r++) convert(query + r * a.dim, a.dim, wide[r]);
+    score_keys<N>(keys, values, count, scores, [&](const T* key, Floats* products) {
+      for (int64_t d = 0; d < a.dim; d += WIDTH) {
+        const Floats k = widen(key + d);
+        for (int r = 0; r < N; r++) products[r] += k * widen(wide[r] + d);
+      }
+    });
+  }
+
 #if defined(__AVX512BF16__)
-    if constexpr (PAIRS && DIM > 0) {
+  template <int N, int DIM>
+  void score_pairs(const T* query, const T* keys, const T* values, int64_t count, float (*scores)[CHUNK]) const {
+    score_keys<N>(keys, values, count, scores, [&](const T* key, Floats* products) {
       __m512bh k[DIM / 32];
       for (int d = 0; d < DIM / 32; d++) k[d] = (__m512bh)_mm512_loadu_si512(key + 32 * d);
       for (int r = 0; r < N; r++) {
         __m512 chains[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int d = 0; d < DIM / 32; d++)
           chains[d % 2] = _mm512_dpbf16_ps(chains[d % 2], k[d], (__m512bh)_mm512_loadu_si512(query + r * DIM + 32 * d));
-        sums[r][t] = (Floats)_mm512_add_ps(chains[0], chains[1]);
+        products[r] = (Floats)_mm512_add_ps(chains[0], chains[1]);
       }
-      return;
-    }
-#endif
-    for (int r = 0; r < N; r++) sums[r][t] = Floats{};
-    for (int64_t d = 0; d < dim; d += WIDTH) {
-      const Floats k = widen(key + d);
-      for (int r = 0; r < N; r++) sums[r][t] += k * widen(query + r * dim + d);
-    }
+    });
   }
+#endif
 
   static inline Floats add_up(Floats* x) {  // lane t of the result = sum of the lanes of x[t]
 #if defined(__AVX512F__)
     transpose16(reinterpret_cast<__m512i*>(x));
     Floats total = x[0];
     for (int t = 1; t < WIDTH; t++) total += x[t];
+#elif defined(__AVX2__)
+    __m256 pairs[4], fours[2];
+    for (int i = 0; i < 4; i++) pairs[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    for (int i = 0; i < 2; i++) fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
+    const Floats total = (Floats)_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                                               _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 #else
     Floats total;
     for (int t = 0; t < WIDTH; t++) total[t] = sum(x[t]);
@@ -160,20 +191,21 @@ class DecodeAttentionKernel {
     largest_and_total[1] = sum(total);
   }
 
-  template <int N, int VECTORS>
-  void weigh(float (*weights)[CHUNK], const T* keys, const T* values, int64_t count, float* out) const {
-    Floats sums[N][VECTORS];
+  // out (+)= the weighted values of keys first .. end - 1.
+  template <int N, int COUNT>
+  void weigh(float (*weights)[CHUNK], const T* keys, const T* values, int64_t first, int64_t end, float* out) const {
+    Floats sums[N][COUNT];
     for (int r = 0; r < N; r++)
-      for (int n = 0; n < VECTORS; n++) sums[r][n] = Floats{};
-    for (int64_t j = 0; j < count; j++) {
-      fetch(keys + (CHUNK + j) * a.k_stride[2], VECTORS * WIDTH);
-      Floats v[VECTORS];
-      for (int n = 0; n < VECTORS; n++) v[n] = widen(values + j * a.v_stride[2] + n * WIDTH);
-      for (int r = 0; r < N; r++)
-        for (int n = 0; n < VECTORS; n++) sums[r][n] += v[n] * weights[r][j];
+      for (int n = 0; n < COUNT; n++) sums[r][n] = first ? widen(out + r * stride + n * WIDTH) : Floats{};
+    for (int64_t j = first; j < end; j++) {
+      fetch(keys + (CHUNK + j) * a.k_stride[2], COUNT * WIDTH);
+      for (int n = 0; n < COUNT; n++) {
+        const Floats v = widen(values + j * a.v_stride[2] + n * WIDTH);
+        for (int r = 0; r < N; r++) sums[r][n] += v * weights[r][j];
+      }
     }
     for (int r = 0; r < N; r++)
-      for (int n = 0; n < VECTORS; n++) store(out + r * stride + n * WIDTH, sums[r][n]);
+      for (int n = 0; n < COUNT; n++) store(out + r * stride + n * WIDTH, sums[r][n]);
   }
 
 #if defined(__AVX512BF16__)

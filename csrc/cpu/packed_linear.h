@@ -6,6 +6,8 @@
 #include "../common/arguments.h"
 #include "gemm.h"
 
+#include <type_traits>
+
 namespace internlm2::INTERNLM2_ISA {
 
 template <class Engine>
@@ -32,14 +34,22 @@ template <class Engine>
 class PackedLinearKernel {
   using T = typename Engine::Element;
   static constexpr int64_t P = Engine::PER_LANE, N = PACKED_COLUMNS;
-  static constexpr int64_t ROWS = 96, DEPTH = 512;  // rows and lanes of a block: 192 KB of x, 128 KB of W
+  // What a row of x is made of: the elements, or float32 where the engine multiplies in that.
+  static constexpr bool WIDEN = Engine::STEPS > 1;
+  using Left = std::conditional_t<WIDEN, float, T>;
+  // Rows and lanes of a block: 192 KB of x, 128 KB of W; half of that, in bytes of float32, for the smaller caches and tiles
+  // of processors without AVX-512.
+  static constexpr int64_t FEW_ROWS = 8;
+  static constexpr int64_t ROWS = 96, DEPTH = WIDTH == 16 && !WIDEN ? 512 : 256;
 
  public:
   explicit PackedLinearKernel(const PackedLinear& arguments) : a(arguments), lanes((a.weight.inputs + P - 1) / P) {}
 
   void run() {
-    x = static_cast<const T*>(a.x);
-    if (a.weight.inputs % P) pad_rows();
+    if (WIDEN || a.weight.inputs % P)
+      copy_rows();
+    else
+      x = static_cast<const Left*>(a.x);
     const int64_t panels = a.weight.panels(), chunks = (a.rows + ROWS - 1) / ROWS;
     // Some neighbouring panels an item, so that each thread reads one stream of memory.
     const int64_t span = most(1, panels / (8 * a.threads)), spans = (panels + span - 1) / span;
@@ -53,24 +63,56 @@ class PackedLinearKernel {
  private:
   const PackedLinear& a;
   int64_t lanes;
-  const T* x = nullptr;
-  Buffer<T> padded;
+  const Left* x = nullptr;
+  Buffer<Left> copy;
 
-  void pad_rows() {
-    padded.allocate(a.rows * lanes * P);
-    padded.clear(a.rows * lanes * P);
-    for (int64_t m = 0; m < a.rows; m++)
-      std::memcpy(&padded[m * lanes * P], x + m * a.weight.inputs, a.weight.inputs * sizeof(T));
-    x = padded.get();
+  void copy_rows() {
+    const int64_t inputs = a.weight.inputs, width = lanes * P, grain = most(1, 16384 / width);
+    copy.allocate(a.rows * width);
+    for_each(a.parallel, (a.rows + grain - 1) / grain, [&](int64_t item) {
+      for (int64_t m = item * grain; m < least(a.rows, (item + 1) * grain); m++) {
+        const T* from = static_cast<const T*>(a.x) + m * inputs;
+        Left* to = &copy[m * width];
+        const int64_t whole = inputs / 16 * 16;
+        convert(from, whole, to);
+        for (int64_t i = whole; i < width; i++) to[i] = i >= inputs ? Left(0) : WIDEN ? Left(widen_one(from[i])) : Left(from[i]);
+      }
+    });
+    x = copy.get();
   }
 
   void multiply(int64_t panel, int64_t first, int64_t rows) const {
     alignas(64) float sums[ROWS * N];
     const Lane* w = static_cast<const Lane*>(a.weight.packed) + panel * lanes * N;
-    const Lane* left = reinterpret_cast<const Lane*>(x) + first * lanes;
-    gemm<Engine, false>(left, lanes, w, N, least(DEPTH, lanes), sums, N, rows, N);
+    if constexpr (WIDEN) {
+      if (rows > FEW_ROWS) {
+        multiply_widened(w, x + first * lanes * P, sums, rows);
+        return write(sums, panel, first, rows);
+      }
+    }
+    const int64_t words = lanes * Engine::STEPS;
+    const Lane* left = reinterpret_cast<const Lane*>(x) + first * words;
+    gemm<Engine, false>(left, words, w, N, least(DEPTH, lanes), sums, N, rows, N);
     for (int64_t d = DEPTH; d < lanes; d += DEPTH)
-      gemm<Engine, true>(left + d, lanes, w + d * N, N, least(DEPTH, lanes - d), sums, N, rows, N);
+      gemm<Engine, true>(left + d * Engine::STEPS, words, w + d * N, N, least(DEPTH, lanes - d), sums, N, rows, N);
+    write(sums, panel, first, rows);
+  }
+
+  // A block of W becomes float32 once for all rows. The sums run in the same order, so their bits are those of a few rows.
+  void multiply_widened(const Lane* w, const float* left, float* sums, int64_t rows) const {
+    alignas(64) Lane wide[DEPTH * N];
+    std::memset(sums, 0, rows * N * sizeof(float));
+    for (int64_t d = 0; d < lanes; d += DEPTH / P) {
+      const int64_t depth = least(DEPTH / P, lanes - d);
+      for (int64_t k = 0; k < depth; k++)
+        for (int step = 0; step < P; step++)
+          for (int64_t n = 0; n < N; n += WIDTH)
+            store(wide + (P * k + step) * N + n, Engine::part(load<Words>(w + (d + k) * N + n), step));
+      gemm<Float32Engine, true>(reinterpret_cast<const Lane*>(left) + d * P, lanes * P, wide, N, depth * P, sums, N, rows, N);
+    }
+  }
+
+  void write(const float* sums, int64_t panel, int64_t first, int64_t rows) const {
     const int64_t columns = least(N, a.weight.outputs - panel * N);
     T* y = static_cast<T*>(a.y) + first * a.weight.outputs + panel * N;
     for (int64_t m = 0; m < rows; m++, y += a.weight.outputs) {

@@ -82,6 +82,10 @@ static inline void convert(const bfloat16* x, int64_t n, bfloat16* y) { std::mem
 static inline float sum(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 #else
   float total = 0;
   for (int i = 0; i < WIDTH; i++) total += x[i];
@@ -91,6 +95,10 @@ static inline float sum(Floats x) {
 static inline float maximum(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 #else
   float most = x[0];
   for (int i = 1; i < WIDTH; i++) most = x[i] > most ? x[i] : most;
@@ -166,6 +174,27 @@ static inline void transpose16(__m512i* r) {
 }
 #endif
 
+#if defined(__AVX2__)
+static inline void transpose8(__m256i* r) {
+  __m256i t[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  __m256i u[8];
+  for (int i = 0; i < 2; i++) {
+    u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+  }
+}
+#endif
+
 // [rows][columns] of 32-bit lanes -> [columns][rows]; rows is a multiple of WIDTH, columns is any.
 static inline void transpose(const Lane* x, int64_t ldx, int64_t rows, int64_t columns, Lane* y, int64_t ldy) {
   for (int64_t i = 0; i < rows; i += WIDTH) {
@@ -176,6 +205,13 @@ static inline void transpose(const Lane* x, int64_t ldx, int64_t rows, int64_t c
       for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(x + (i + k) * ldx + j);
       transpose16(r);
       for (int k = 0; k < 16; k++) _mm512_storeu_si512(y + (j + k) * ldy + i, r[k]);
+    }
+#elif defined(__AVX2__)
+    for (; j + 8 <= columns; j += 8) {
+      __m256i r[8];
+      for (int k = 0; k < 8; k++) r[k] = load<__m256i>(x + (i + k) * ldx + j);
+      transpose8(r);
+      for (int k = 0; k < 8; k++) store(y + (j + k) * ldy + i, r[k]);
     }
 #endif
     for (; j < columns; j++)

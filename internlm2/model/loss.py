@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from internlm2.ops.linear import onednn_float32
+from internlm2.ops.processor import widens
 
 # Logits in one chunk. At 16 MiB of float32 the C library still reuses the memory; at 32 MiB it maps fresh pages for
 # every chunk, and the elementwise passes take 4 times as long (measured on glibc). On a GPU this is a good size as
@@ -25,6 +26,7 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: 
     summed in float32.
     """
     _check(hidden, weight, labels)
+    hidden, weight = _widened(hidden, weight)
     return _CrossEntropySum.apply(hidden, weight, labels, chunk or _chunk_tokens(weight))
 
 
@@ -37,6 +39,7 @@ def token_cross_entropy(
     `temperature` divides the logits.
     """
     _check(hidden, weight, labels)
+    hidden, weight = _widened(hidden, weight)
     return _TokenCrossEntropy.apply(hidden, weight, labels, temperature, False, chunk or _chunk_tokens(weight))[0]
 
 
@@ -48,6 +51,7 @@ def token_logprobs(
     What policy gradients need of T tokens; gradient flows through both. Labels are all >= 0.
     """
     _check(hidden, weight, labels)
+    hidden, weight = _widened(hidden, weight)
     losses, entropy = _TokenCrossEntropy.apply(
         hidden, weight, labels, temperature, True, chunk or _chunk_tokens(weight)
     )
@@ -66,6 +70,8 @@ def token_kl(
 ) -> Tensor:
     """Exact KL(p || q) at each position over the whole vocabulary, [T] float32; p from `hidden`, q from the other."""
     size, parts = chunk or _chunk_tokens(weight), []
+    hidden, weight = _widened(hidden, weight)
+    other_hidden, other_weight = _widened(other_hidden, other_weight)
     for mine, theirs in zip(hidden.split(size), other_hidden.split(size), strict=True):
         p = _scaled(_product(mine, weight), temperature).log_softmax(-1)
         q = _scaled(_product(theirs, other_weight), temperature).log_softmax(-1)
@@ -79,6 +85,11 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
             "the loss takes hidden [tokens, size], weight [vocabulary, size] and labels [tokens], "
             f"got {list(hidden.shape)}, {list(weight.shape)}, {list(labels.shape)}."
         )
+
+
+def _widened(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 where the processor multiplies bfloat16 slowly: [T, C] and [V, C] once, not once a chunk."""
+    return (hidden.float(), weight.float()) if widens(hidden, weight) else (hidden, weight)
 
 
 def _chunk_tokens(weight: Tensor) -> int:

@@ -6,6 +6,9 @@ depends on the processor and on shapes only, never on a timing, so that a resume
 
 bfloat16 with a few rows and no gradient, as in decoding, goes through our own kernel where it is built: torch
 rearranges the weight at each call, which costs more than reading it. From 8 rows on torch is as fast.
+
+On processors without bfloat16 instructions torch's bfloat16 product is many times slower than its float32 one: there
+the operands are widened, multiplied in float32 and the result is rounded once, forward and backward.
 """
 
 import functools
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 import internlm2.ops.schemas  # noqa: F401  defines torch.ops.internlm2.*
 from internlm2.ops import extension
+from internlm2.ops.processor import widens
 
 # Fewer rows are bound by reading the weight, and oneDNN would copy its transpose for the gradient to the input.
 SMALLEST_ROWS = 32
@@ -39,6 +43,8 @@ class Linear(nn.Linear):
             return _OneDNNLinear.apply(input, self.weight)
         if _wants_few_rows(input, self.weight, self.bias) and extension.loaded("cpu"):
             return torch.ops.internlm2.few_rows_linear(input.contiguous(), self.weight)
+        if _wants_float32(input, self.weight, self.bias):
+            return _WidenedLinear.apply(input, self.weight)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -66,6 +72,18 @@ def _wants_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[-1]
         and weight.stride(-1) == 1
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) is Tensor
+    )
+
+
+def _wants_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        widens(x, weight)
+        and bias is None
+        and x.dim() >= 1
+        and x.shape[-1] == weight.shape[-1]
+        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and type(x) is Tensor
     )
@@ -120,4 +138,24 @@ class _OneDNNLinear(torch.autograd.Function):
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = _product(grad_rows, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
         grad_weight = _product(grad_rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """x [..., K], weight [N, K] -> [..., N], bfloat16 through float32 products; keeps the bfloat16 operands alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.float().reshape(-1, grad.shape[-1])
+        grad_x = (rows @ weight.float()).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.t() @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
         return grad_x, grad_weight

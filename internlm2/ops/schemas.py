@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internlm2.ops.processor import widens
+
 _LIBRARY = torch.library.Library("internlm2", "DEF")
 _TABLE = "Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor? table_offsets, int max_seqlen, float scale"
 
@@ -177,9 +179,9 @@ def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient_to_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The weight is frozen, and rounding the activations counts as the identity."""
-    wide = grad.dtype == torch.float32
-    weight = torch.ops.internlm2.dequantize_weight(*ctx.saved_tensors, *ctx.shape, wide)
-    return (grad @ weight, *(None,) * 7)
+    wide = grad.float() if widens(grad) else grad
+    weight = torch.ops.internlm2.dequantize_weight(*ctx.saved_tensors, *ctx.shape, wide.dtype == torch.float32)
+    return ((wide @ weight).to(grad.dtype), *(None,) * 7)
 
 
 torch.library.register_autograd("internlm2::quantized_linear", _gradient_to_input, setup_context=_save_weight)

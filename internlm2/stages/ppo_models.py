@@ -25,6 +25,7 @@ from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_weights, open_weights
 from internlm2.ops import describe_quantize, quantize_linears_
 from internlm2.ops.attention import describe_backend
+from internlm2.ops.processor import describe_products
 from internlm2.rlhf.frozen import ReferencePolicy, freeze, frozen_tensors, weights_hash
 from internlm2.rlhf.rewards import ModelReward, RewardFunction, RuleReward
 from internlm2.rlhf.rollout import Sample, Sampler
@@ -91,6 +92,7 @@ def build_models(
     assert ppo is not None
     device, dtype = prepare_device(config.engine), DTYPES[config.engine.dtype]
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
+    log.info(describe_products(device, dtype))
     frozen: dict[str, FrozenModel] = {}
     model = _language_model(config, policy, place_of_new_model(config.engine, device))
     add_adapters(model, config.adapter, config.seed)

@@ -24,6 +24,7 @@ from internlm2.generation.build import describe_generation
 from internlm2.model.scalar import ScalarModel
 from internlm2.model.transformer import CausalLM
 from internlm2.ops.attention import describe_backend
+from internlm2.ops.processor import describe_products
 from internlm2.run.directory import RunDirectory
 from internlm2.run.metrics import Metrics
 from internlm2.run.provenance import record_end, record_start
@@ -93,6 +94,7 @@ def start_model(
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
     try:
         log.info(describe_backend(device, dtype, config.model.head_dim, engine.attention))
+        log.info(describe_products(device, dtype))
         log.info(describe_generation(config.generation, device))
     except ValueError as error:
         raise ConfigError(f"engine.attention={engine.attention}: {error}") from error

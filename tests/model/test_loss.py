@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from internlm2.model import CausalLM, cross_entropy_sum, token_cross_entropy
 from internlm2.model.loss import token_kl, token_logprobs
+from internlm2.ops import processor
 
 
 def inputs(tokens, size, words, dtype=torch.float64, seed=0, ignored=0.3):
@@ -50,8 +51,9 @@ def test_losses_of_tokens_take_any_gradient(tokens, chunk, seed):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_gradients_are_as_good_as_the_dense_ones(dtype):
+@pytest.mark.parametrize(("dtype", "slow"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_low_precision_gradients_are_as_good_as_the_dense_ones(dtype, slow, monkeypatch):
+    monkeypatch.setattr(processor, "bfloat16_is_slow", lambda: slow)
     hidden, weight, labels = inputs(600, 32, 200, dtype=dtype)
     exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     exact = torch.autograd.grad(dense(exact_hidden, exact_weight, labels), (exact_hidden, exact_weight))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from internlm2.ops import Linear, extension
+from internlm2.ops import Linear, extension, processor
 from internlm2.ops import linear as linear_module
 
 
@@ -134,3 +134,42 @@ def test_products_of_ever_new_sizes_do_not_fill_memory():
     )
     early, late = map(int, done.stdout.split())
     assert late - early < 10e6
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """As on a processor without bfloat16 instructions."""
+    monkeypatch.setattr(processor, "bfloat16_is_slow", lambda: True)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (3, 40, 48), (1, 48), (0, 48), (48,)])
+def test_widened_bfloat16_rounds_each_exact_product_once(slow_bfloat16, shape):
+    draw = torch.Generator().manual_seed(0)
+    layer = Linear(48, 72, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(72, 48, generator=draw))
+    x = torch.randn(shape, generator=draw).bfloat16().requires_grad_()
+    grad = torch.randn(*shape[:-1], 72, generator=draw).bfloat16()
+    y = layer(x)
+    assert "Widened" in type(y.grad_fn).__name__
+    y.backward(grad)
+    weight, exact = layer.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    (exact @ weight.t()).backward(grad.double())
+    for found, wanted in ((y, exact @ weight.t()), (x.grad, exact.grad), (layer.weight.grad, weight.grad)):
+        assert found.dtype == torch.bfloat16
+        # Half a step of bfloat16, and float32's own error where large terms cancel.
+        assert ((found.double() - wanted).abs() <= wanted.abs() * 2.0**-8 + 1e-5).all()
+
+
+def test_widened_bfloat16_leaves_frozen_weights_alone(slow_bfloat16):
+    layer, x = Linear(48, 72, bias=False).bfloat16(), torch.ones(64, 48, dtype=torch.bfloat16, requires_grad=True)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad is not None
+
+
+def test_other_products_are_not_widened(slow_bfloat16):
+    assert "Widened" not in type(Linear(48, 72, bias=False)(torch.ones(64, 48)).grad_fn).__name__
+    assert "float32" in processor.describe_products("cpu", torch.bfloat16)
+    assert "float32" not in processor.describe_products("cuda", torch.bfloat16)
