@@ -5,8 +5,9 @@
     python benchmarks/generate.py --model smollm2 --rivals llama.cpp --rows 1 32
 
 Greedy, and no stop ids, so that each side makes exactly rows x new tokens. Rivals take turns with us in one process,
-and the best of --repeats runs counts for both. transformers runs with sdpa in bfloat16, left-padded, with its dynamic
-and its static cache, and the faster counts. llama.cpp runs from GGUF files that llama.cpp itself makes out of the
+and the best of --repeats runs counts for both. transformers runs with sdpa in bfloat16 (float32 on processors that
+multiply bfloat16 slowly, where that is its best), left-padded, with its dynamic and its static cache, and the faster
+counts. llama.cpp runs from GGUF files that llama.cpp itself makes out of the
 wheel's (bfloat16, and each of Q4_0, Q4_K_M and Q8_0, of which the fastest counts), all rows in one llama_batch.
 Times include reading the prompts.
 """
@@ -28,6 +29,7 @@ from internlm2.generation import Engine, SamplingParams
 from internlm2.model import CausalLM
 from internlm2.model.export import export_weights
 from internlm2.model.weights import load_model, model_weights
+from internlm2.ops.processor import bfloat16_is_slow
 
 LLAMA_CPP = "pip install llama-cpp-python  (compiles llama.cpp; about 10 minutes)"
 
@@ -66,8 +68,9 @@ def transformers_generate(model: CausalLM, cache: str | None) -> Callable[[list[
 
     with tempfile.TemporaryDirectory() as folder:
         export_weights(model_weights(model), Path(folder) / "llama", layout="llama")
+        dtype = torch.float32 if bfloat16_is_slow() else torch.bfloat16
         rival = transformers.AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "llama", dtype=torch.bfloat16, attn_implementation="sdpa"
+            Path(folder) / "llama", dtype=dtype, attn_implementation="sdpa"
         ).eval()
     rival.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
@@ -207,8 +210,10 @@ def main() -> int:
                 "ours w8": ours(model, rows, "w8"),
                 "ours w4": ours(model, rows, "w4"),
             }
+            arithmetic = "fp32" if bfloat16_is_slow() else "bf16"
             rivals = {
-                f"transformers {cache or 'dynamic'}": transformers_generate(model, cache) for cache in (None, "static")
+                f"transformers {arithmetic} {cache or 'dynamic'}": transformers_generate(model, cache)
+                for cache in (None, "static")
             }
             prompts = some_prompts(rows, model.config.vocab_size)
             speeds = race(sides | rivals, prompts, options.new_tokens, options.repeats, clock)

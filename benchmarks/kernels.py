@@ -13,6 +13,8 @@ linear     quantized_linear in 4 and 8 bits against F.linear in bfloat16, torch'
 plain      Linear against F.linear: float32 forward and both gradients, bfloat16 with a few rows
 model      training steps and batched generation of model=small with the compiled kernels and without them (torch's own)
 
+torch runs in the dtype that is named, or in float32 on processors that multiply bfloat16 slowly: its best there.
+
 The machine's peaks are measured first, by the kernels that reach them: what a ratio can be at most follows from them.
 """
 
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from internlm2.config import ModelConfig
 from internlm2.config.compose import load_group
+from internlm2.config.precision import settled_dtype
 from internlm2.generation import Engine, SamplingParams
 from internlm2.model.transformer import CausalLM
 from internlm2.ops import (
@@ -48,6 +51,7 @@ from internlm2.ops import (
     rope_attention,
 )
 from internlm2.ops.extension import instruction_set
+from internlm2.ops.processor import bfloat16_is_slow
 
 Sides = dict[str, Callable[[], object]]
 
@@ -86,6 +90,14 @@ class Bench:
             )
 
 
+def rivals_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if bfloat16_is_slow() else dtype
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def table(rows: int, dim: int) -> tuple[Tensor, Tensor]:
     angles = torch.arange(rows).double()[:, None] * 1e6 ** (-torch.arange(0, dim, 2).double() / dim)
     return angles.cos().float(), angles.sin().float()
@@ -109,18 +121,20 @@ def attention(bench: Bench) -> None:
     for setting, lengths, groups, queries, dim, dtype in cases:
         tokens, longest = sum(lengths), max(lengths)
         cos, sin = table(longest, dim)
-        wide_cos, wide_sin = (torch.cat((x, x), dim=-1).to(dtype) for x in (cos, sin))
+        their_dtype = rivals_dtype(dtype)
+        wide_cos, wide_sin = (torch.cat((x, x), dim=-1).to(their_dtype) for x in (cos, sin))
         cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         draw = torch.Generator().manual_seed(0)
         qkv = torch.randn(tokens, groups, queries + 2, dim, generator=draw).to(dtype).requires_grad_()
         grad = torch.randn(tokens, groups * queries, dim, generator=draw).to(dtype)
+        their_qkv, their_grad = qkv.detach().to(their_dtype).requires_grad_(), grad.to(their_dtype)
 
         def ours() -> Tensor:
             return rope_attention(qkv, cos, sin, cu_seqlens, longest, backend="native")  # noqa: B023
 
         def theirs() -> Tensor:
             outputs = []
-            for part in qkv.split(lengths):  # noqa: B023
+            for part in their_qkv.split(lengths):  # noqa: B023
                 n = len(part)
                 q = part[:, :, :-2].reshape(n, -1, dim).transpose(0, 1)[None]  # noqa: B023
                 k, v = part[:, :, -2].transpose(0, 1)[None], part[:, :, -1].transpose(0, 1)[None]
@@ -129,16 +143,18 @@ def attention(bench: Bench) -> None:
                 outputs.append(out[0].transpose(0, 1))
             return torch.cat(outputs)
 
-        def trained(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def trained(forward: Callable[[], Tensor], qkv: Tensor, grad: Tensor) -> Callable[[], None]:
             def run() -> None:
-                forward().backward(grad)  # noqa: B023
-                qkv.grad = None  # noqa: B023
+                forward().backward(grad)
+                qkv.grad = None
 
             return run
 
+        rival = f"transformers rope + SDPA {short(their_dtype)}"
+
         with torch.no_grad():
-            bench.compare("rope_attention forward", setting, {"ours": ours, "transformers rope + SDPA": theirs})
-        sides = {"ours": trained(ours), "transformers rope + SDPA": trained(theirs)}
+            bench.compare("rope_attention forward", setting, {"ours": ours, rival: theirs})
+        sides = {"ours": trained(ours, qkv, grad), rival: trained(theirs, their_qkv, their_grad)}
         bench.compare("rope_attention forward + backward", setting, sides)
 
 
@@ -152,6 +168,8 @@ def decode(bench: Bench) -> None:
         q = torch.randn(batch, heads, dim, generator=draw).bfloat16()
         keys, values = (torch.randn(batch, groups, length, dim, generator=draw).bfloat16() for _ in range(2))
         lengths = torch.full((batch,), length, dtype=torch.int32)
+        their_dtype = rivals_dtype(torch.bfloat16)
+        their_q, their_keys, their_values = (x.to(their_dtype) for x in (q, keys, values))
         size = (keys.nbytes + values.nbytes) / 1e9
         setting = f"B {batch}, {heads}/{groups} heads, L {length}, D {dim}, {size * 1e3:.0f} MB"
 
@@ -159,9 +177,9 @@ def decode(bench: Bench) -> None:
             return decode_attention(q, keys, values, lengths, backend="native")  # noqa: B023
 
         def theirs() -> Tensor:
-            return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)  # noqa: B023
+            return F.scaled_dot_product_attention(their_q[:, :, None], their_keys, their_values, enable_gqa=True)  # noqa: B023
 
-        bench.compare("decode_attention", setting, {"ours": ours, "torch SDPA": theirs})
+        bench.compare("decode_attention", setting, {"ours": ours, f"torch SDPA {short(their_dtype)}": theirs})
         amounts = {"ours": size, "torch sum over 134 MB": memory.nbytes / 1e9}
         sides = {"ours": ours, "torch sum over 134 MB": memory.sum}
         bench.compare("decode_attention, share of memory", setting, sides, amounts)
@@ -188,7 +206,8 @@ def linear(bench: Bench) -> None:
             x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
             calls = 10 if rows < 32 else 3
             setting = f"{rows} x {inputs} -> {outputs}, {calls} calls"
-            rivals: Sides = {"F.linear bfloat16": plain_side(weight, x, calls)}
+            dtype = rivals_dtype(torch.bfloat16)
+            rivals: Sides = {f"F.linear {short(dtype)}": plain_side(weight, x, calls, dtype)}
             if inputs % 128 == 0 and outputs % 64 == 0:
                 rivals["torch int4pack"] = int4pack_side(weight, x, calls)
             q4_0 = ggml.q4_0_side(weight, x, calls, bench.threads)
@@ -210,12 +229,12 @@ def quantized_side(weight: Tensor, bits: int, act_bits: int, x: Tensor, calls: i
     return rotating(make, weight.numel() * bits // 8, x, calls)
 
 
-def plain_side(weight: Tensor, x: Tensor, calls: int) -> Callable[[], None]:
+def plain_side(weight: Tensor, x: Tensor, calls: int, dtype: torch.dtype) -> Callable[[], None]:
     def make() -> Callable[[Tensor], Tensor]:
-        wide = weight.bfloat16()
-        return lambda x: F.linear(x, wide)
+        copied = weight.to(dtype, copy=True)
+        return lambda x: F.linear(x, copied)
 
-    return rotating(make, weight.numel() * 2, x, calls)
+    return rotating(make, weight.numel() * dtype.itemsize, x.to(dtype), calls)
 
 
 def few_rows_side(weight: Tensor, x: Tensor, calls: int) -> Callable[[], None]:
@@ -242,7 +261,9 @@ def plain(bench: Bench) -> None:
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
     for rows in (1, 2, 4):
         x = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(1)).bfloat16()
-        sides = {"ours": few_rows_side(weight, x, 5), "F.linear bfloat16": plain_side(weight, x, 5)}
+        dtypes = {torch.bfloat16, rivals_dtype(torch.bfloat16)}
+        sides = {"ours": few_rows_side(weight, x, 5)}
+        sides |= {f"F.linear {short(dtype)}": plain_side(weight, x, 5, dtype) for dtype in sorted(dtypes, key=str)}
         bench.compare("Linear bfloat16", f"{rows} x 4096 -> 4096, 5 calls", sides)
     for rows, inputs, outputs in ((1024, 2048, 2048), (333, 512, 1408)):
         layer, x = Linear(inputs, outputs, bias=False), torch.randn(rows, inputs).requires_grad_()
@@ -264,11 +285,12 @@ def model(bench: Bench) -> None:
 
     config, length = load_group(ModelConfig, "model/small"), 2048
     ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    dtype = settled_dtype("auto", "cpu")
     sides = {
-        "ours": training(config, length, ids, bench.clock),
-        "kernels off": without_kernels(training(config, length, ids, bench.clock)),
+        "ours": training(config, length, ids, bench.clock, dtype),
+        "kernels off": without_kernels(training(config, length, ids, bench.clock, dtype)),
     }
-    bench.compare("training, model=small", f"{STEPS} steps of {length} tokens, bf16", sides)
+    bench.compare("training, model=small", f"{STEPS} steps of {length} tokens, {dtype}", sides)
     network = CausalLM.from_config(config, dtype=torch.bfloat16, seed=0)
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(16, 65, (64,), generator=draw).tolist()

@@ -47,10 +47,10 @@ def gemm_peak(clock: Clock) -> float:
     return 2 * 2048**3 / best
 
 
-def ours(model: ModelConfig, seq_len: int, ids: torch.Tensor, clock: Clock) -> Callable[[], float]:
+def ours(model: ModelConfig, seq_len: int, ids: torch.Tensor, clock: Clock, dtype: str = "bf16") -> Callable[[], float]:
     """A function that trains STEPS steps and returns its seconds."""
     network = CausalLM.from_config(model, dtype=torch.float32)
-    engine = SingleEngine(network, OPTIM, 10_000, "cpu", "bf16", "stop", None, 1)
+    engine = SingleEngine(network, OPTIM, 10_000, "cpu", dtype, "stop", None, 1)
     labels = torch.cat([ids[1:], torch.tensor([-100])])
     batch = PackedBatch(
         ids=ids,

@@ -106,6 +106,25 @@ def test_product_agrees_with_twin(tokens, outputs, inputs, kind, act_bits, seed)
     assert relative_error(ours, twin) < (2e-3 if act_bits == 8 else 2e-5)
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="needs the CPU kernels")
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_codes_do_not_overflow(bits, symmetric, sign):
+    """Rows of the lowest code, of the highest, and of both, times activations that all round to 127 or -127.
+
+    Where bytes are multiplied in pairs, such sums come closest to the end of 16 bits: 2 x 128 x 127, 16 x 15 x 127.
+    """
+    weight = torch.ones(32, 256)
+    weight[:8], weight[8:16, ::2], weight[16:24, 1::3] = -1.0, -1.0, 0.5
+    weight[:, 0], weight[:, 128] = -1.0, -1.0  # so that each group's range is the whole one
+    quantized = quantize_weight(weight, bits, symmetric)
+    x = torch.full((5, 256), sign * 127.0)
+    exact = x.double() @ dequantize_weight(quantized, torch.float32).double().t()
+    for rows in (1, 2, 3, 5):
+        y = quantized_linear(x[:rows], quantized, 8, backend="native")
+        assert torch.allclose(y.double(), exact[:rows], rtol=1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_to_input(backend, dtype):
