@@ -114,12 +114,13 @@ static void few_rows_product(const QuantizedLinear& a, const Activations& x) {
 
 template <class T, int BITS>
 static void linear_float32(const QuantizedLinear& a, const Activations& x) {
-  switch (a.rows) {
-    case 1: return few_rows_product<T, BITS, 1>(a, x);
-    case 2: return few_rows_product<T, BITS, 2>(a, x);
-    case 3: return few_rows_product<T, BITS, 3>(a, x);
-    case 4: return few_rows_product<T, BITS, 4>(a, x);
-  }
+  // Generation, which takes 8-bit activations, wants a row's bits to be the same whatever stands beside it: one path there.
+  if (a.act_bits == 16) switch (a.rows) {
+      case 1: return few_rows_product<T, BITS, 1>(a, x);
+      case 2: return few_rows_product<T, BITS, 2>(a, x);
+      case 3: return few_rows_product<T, BITS, 3>(a, x);
+      case 4: return few_rows_product<T, BITS, 4>(a, x);
+    }
   unpacked_product<T, BITS>(a, x);
 }
 
