@@ -16,8 +16,6 @@ def initial_weights(config: Config) -> Path | None:
     stage = config.stage.previous if config.init_from == "previous" else config.init_from
     candidates = [run / str(stage), Path(config.init_from)]
     for path in candidates:
-        if (path / "adapter").is_dir() and (path / "export").is_dir():
-            return path / "export"  # the checkpoints of this run hold adapters alone
         if path.exists():
             return path
     raise ConfigError(

@@ -70,7 +70,8 @@ def open_weights(path: str | Path) -> Weights:
     """Recognise what lies at `path`, check it, and read nothing but headers.
 
     path  the word `smollm2`; a .gguf file; a checkpoint folder or the run directory above it (its newest checkpoint); a
-          folder with config.json in the official InternLM2 layout or any Llama layout, safetensors or .bin
+          folder with config.json in the official InternLM2 layout or any Llama layout, safetensors or .bin. Of a run
+          that trained adapters, whose checkpoints hold nothing else, its export: there they are merged
 
     ConfigError is one or two sentences that name the file, the tensor or key, and what to do.
     """
@@ -85,6 +86,8 @@ def open_weights(path: str | Path) -> Weights:
         raise ConfigError(f"{path} is a file: give the folder that holds config.json and the weights.")
     if (folder / "config.json").is_file():
         return _folder_weights(folder)
+    if (folder / "adapter").is_dir() and (folder / "export" / "config.json").is_file():
+        return _folder_weights(folder / "export")
     return _checkpoint_weights(folder)
 
 

@@ -63,12 +63,10 @@ class RewardScorer:
     ) -> "RewardScorer":
         """From the run directory or the export of a reward model, ours or a released one.
 
-        Of a run whose adapters were merged, the export is read. Without a reward.json (the released models have none)
-        there are no conditions and no statistics. ConfigError where it is no reward model.
+        Without a reward.json (the released models have none) there are no conditions and no statistics. ConfigError
+        where it is no reward model.
         """
         folder = Path(path)
-        if (folder / "adapter").is_dir() and (folder / "export").is_dir():
-            folder = folder / "export"
         weights = open_weights(folder)
         if weights.tokenizer is None:
             raise ConfigError(f"{folder} has no tokenizer beside its weights: a reward model needs its own.")

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from internlm2 import convert
 from internlm2.model.weights import load_model
 from tests.stages.conftest import REPOSITORY, TINY
 
@@ -70,6 +71,10 @@ def test_fine_tune_and_export(base, dialogs, tmp_path, adapter):
     before = load_model(base, dtype=torch.float32)(ids, bounds)
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert (ours - before).abs().max() > 1e-4
+    # The run itself is named to convert, not the export.
+    assert convert.main([str(run), "--to", "llama", "--output", str(tmp_path / "llama")]) == 0
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+    assert torch.allclose(ours, llama(ids[None]).logits[0], atol=1e-4)
     # It hands over to the next stage, with or without adapters.
     again = tune(tmp_path, run, dialogs, "name=again", "train.steps=1", "adapter=none")
     assert again.returncode == 0, again.stderr
