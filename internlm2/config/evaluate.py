@@ -8,7 +8,14 @@ from omegaconf import MISSING
 from internlm2.config.generation import GenerationConfig
 from internlm2.config.keys import key as _key
 from internlm2.config.precision import DTYPES
-from internlm2.config.schema import RopeScalingConfig
+
+
+@dataclass
+class RopeChoiceConfig:
+    """RopeScalingConfig, or that of the model."""
+
+    kind: str = _key(choices=("as_trained", "none", "linear", "dynamic"))
+    factor: float = _key(minimum=1.0)
 
 
 @dataclass
@@ -159,5 +166,5 @@ class EvaluateConfig:
     threads: int | None = _key(minimum=1)
     batch_tokens: int = _key(minimum=1)
     seed: int = _key(minimum=0)
-    rope_scaling: RopeScalingConfig | None = None
+    rope_scaling: RopeChoiceConfig = field(default_factory=RopeChoiceConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

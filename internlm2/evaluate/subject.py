@@ -9,6 +9,7 @@ import torch
 from internlm2.config import ConfigError
 from internlm2.config.evaluate import EvaluateConfig, GenerationConfig
 from internlm2.config.precision import settled_dtype
+from internlm2.config.schema import RopeScalingConfig
 from internlm2.generation import Engine
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import load_weights, open_weights
@@ -67,8 +68,8 @@ def load_subject(source: str, config: EvaluateConfig) -> Subject:
         raise ConfigError(f"{source} comes without a tokenizer: name its folder with tokenizer=.")
     tokenizer = load_tokenizer(folder)
     shape = weights.config
-    if config.rope_scaling is not None:
-        shape = replace(shape, rope_scaling=config.rope_scaling)
+    if config.rope_scaling.kind != "as_trained":
+        shape = replace(shape, rope_scaling=RopeScalingConfig(config.rope_scaling.kind, config.rope_scaling.factor))
     if tokenizer.vocab_size > shape.vocab_size:
         raise ConfigError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model in {source} {shape.vocab_size:,}: "

@@ -3,13 +3,16 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from internlm2.config import WandbConfig
+from internlm2.config.compose import compose_evaluation
+from internlm2.config.schema import RopeScalingConfig
 from internlm2.evaluate.__main__ import main
 from internlm2.evaluate.results import Headline, Result
-from internlm2.evaluate.subject import stage_of, weights_of
+from internlm2.evaluate.subject import load_subject, stage_of, weights_of
 from internlm2.run.directory import RunDirectory
 from internlm2.run.metrics import Metrics
 from internlm2.run.provenance import record_end, record_start
@@ -54,6 +57,15 @@ def test_needle_map_of_a_run_reaches_its_report(export, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Needle in a haystack, english" in said
     assert "depth (%)" in said
+
+
+def test_another_rope_scaling(export):
+    own = load_subject(str(export), compose_evaluation(["device=cpu"])).model.config
+    keys = ["device=cpu", "rope_scaling.kind=dynamic", "rope_scaling.factor=3.0"]
+    assert load_subject(str(export), compose_evaluation(keys)).model.config == replace(
+        own, rope_scaling=RopeScalingConfig("dynamic", 3.0)
+    )
+    assert own.rope_scaling.kind == "none"
 
 
 def test_held_out_text_of_one_s_own(export, tmp_path, capsys):
