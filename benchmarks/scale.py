@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ def on_ranks(function: Callable[..., dict[str, Any]], count: int, *arguments: An
                     (folder / "result.json").write_text(json.dumps(result))
                 dist.barrier()
                 code = 0
+            except BaseException:
+                traceback.print_exc()  # the process ends before Python would
             finally:
                 os._exit(code)
         children.append(child)

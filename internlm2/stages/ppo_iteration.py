@@ -310,7 +310,7 @@ def update(trainer: Trainer, experience: Experience, tokens: float) -> dict[str,
     actor_steps: list[dict[str, Any]] = []
     critic_steps: list[dict[str, Any]] = []
     warming = number < ppo.critic_warmup
-    rows_each = 0 if warming else pretrain_rows(trainer, tokens)
+    documents = 0 if warming else pretrain_rows(trainer, tokens)
     for epoch in range(ppo.epochs):
         for rows in minibatches(len(experience.rollouts), ppo.minibatches, config.seed, number, epoch):
             batches = policy_batches(
@@ -320,7 +320,7 @@ def update(trainer: Trainer, experience: Experience, tokens: float) -> dict[str,
                 result = models.critic.train_step(batches, of_critic)
                 critic_steps.append(described("critic", result) | {"value_loss": result.loss})
             if not warming:
-                everything = [*batches, *pretraining(trainer, rows_each, batches)]
+                everything = [*batches, *pretraining(trainer, documents, batches)]
                 result = actor.train_step(cast(Sequence[Batch], everything), of_actor)
                 actor_steps.append(described("actor", result) | actor_numbers(result.parts) | {"loss": result.loss})
     values = mean_of(critic_steps) | mean_of(actor_steps)
@@ -349,19 +349,22 @@ def parts_of_all_ranks(trainer: Trainer, experience: Experience, rows: Sequence[
 
 
 def pretrain_rows(trainer: Trainer, tokens: float) -> int:
-    """Rows of the pretraining stream in each step on each rank, so that they hold about `share` of the PPO tokens."""
+    """Rows of the pretraining stream in a step, over all ranks, so that they hold about `share` of the PPO tokens."""
     if trainer.stream is None:
         return 0
-    steps = trainer.ppo.updates * trainer.models.actor.data_ranks
-    return max(1, round(trainer.ppo.pretrain.share * tokens / (steps * trainer.config.train.seq_len)))
+    return max(1, round(trainer.ppo.pretrain.share * tokens / (trainer.ppo.updates * trainer.config.train.seq_len)))
 
 
-def pretraining(trainer: Trainer, rows_each: int, batches: Sequence[Batch]) -> list[Batch]:
-    """This rank's pretraining micro-batches of a step, weighed against the step's action tokens."""
-    if trainer.stream is None or not rows_each:
+def pretraining(trainer: Trainer, count: int, batches: Sequence[Batch]) -> list[Batch]:
+    """This rank's pretraining micro-batches of a step of `count` rows, weighed against the step's action tokens.
+
+    With fewer rows than ranks some ranks have none: the rows of a step, and so its gradient, depend on no number of
+    ranks.
+    """
+    if trainer.stream is None or not count:
         return []
     actor, size, progress = trainer.models.actor, trainer.config.train.micro_batch, trainer.progress
-    start, count = progress.pretrain_position, rows_each * actor.data_ranks
+    start = progress.pretrain_position
     mine = range(start + actor.data_rank, start + count, actor.data_ranks)
     rows = [trainer.stream.batch(mine[at : at + size]) for at in range(0, len(mine), size)]
     actions, targets = trainer.total(

@@ -19,7 +19,6 @@ ROUND = [
     "ppo.kl.exact_rows=2",
     "optim.eps=1e-6",
     "ppo.critic.optim.eps=1e-6",
-    "ppo.pretrain.coefficient=0",  # it takes whole rows on each rank, so that its share depends on their number here
 ]
 
 
