@@ -1,8 +1,8 @@
 """Tensors that have a shape and no contents, ranks that are not there, and the memory that both would take.
 
 torch's FakeTensorMode runs every operation on shapes alone, and its fake process group answers every collective of one
-rank at once. What is added here lets code that looks at values pass (a norm, a flag: they read as 1), keeps host-side
-integers such as sequence bounds real, and counts the bytes of every storage from birth to death.
+rank at once. What is added here lets code that looks at values pass (a norm reads as 1, a flag as not set), keeps
+host-side integers such as sequence bounds real, and counts the bytes of every storage from birth to death.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
+from internlm2.dry_run.pieces import one_piece_for_all
 from internlm2.engine import process_group
 from internlm2.run.ranks import Ranks
 
@@ -33,15 +34,16 @@ class HollowMode(FakeTensorMode):
         self._known: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        hollow = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if tensors and not hollow and not any(tensor.is_floating_point() for tensor in tensors):
-            with unset_fake_temporarily():  # host-side integers, such as where sequences begin
-                return func(*args, **(kwargs or {}))
-        if func is _READ_VALUE and hollow:
+        if not any(type(argument) is FakeTensor for argument in args):  # the usual case, found without a walk
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            hollow = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+            if tensors and not hollow and not any(tensor.is_floating_point() for tensor in tensors):
+                with unset_fake_temporarily():  # host-side integers, such as where sequences begin
+                    return func(*args, **(kwargs or {}))
+        if func is _READ_VALUE:
             return _value(args[0])
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, FakeTensor):
                 self._count(leaf.untyped_storage())
         return out
@@ -63,11 +65,14 @@ class HollowMode(FakeTensorMode):
 
 
 def _value(tensor: FakeTensor) -> bool | int | float:
-    """What a tensor without contents reads as: its constant where it has one, else 1."""
+    """What a tensor without contents reads as: its constant where it has one, else 1, and a flag as not set.
+
+    A flag is what DeepSpeed asks for an overflow, upon which it would leave out the update and its memory.
+    """
     if tensor.constant is not None:
         return tensor.constant.item()
-    if tensor.dtype == torch.bool:
-        return True
+    if tensor.dtype in (torch.bool, torch.uint8):
+        return False
     return 1.0 if tensor.is_floating_point() else 1
 
 
@@ -101,7 +106,7 @@ def hollow() -> Iterator[HollowMode]:
     for module, _ in comparing:
         module.assert_ints_same_as_other_ranks = lambda ints: None
     try:
-        with HollowMode() as mode:
+        with one_piece_for_all(), HollowMode() as mode:
             yield mode
     finally:
         nn.Module._apply = kept  # type: ignore[method-assign]

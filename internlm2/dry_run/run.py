@@ -87,6 +87,8 @@ def rehearse_ranks(config: Config, ranks: Sequence[int]) -> list[Rehearsed]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for module in ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"):
             importlib.import_module(module)  # once for all, and the latter before tensors lose their contents
+    gc.collect()
+    gc.freeze()  # what is imported by now: DeepSpeed collects often, and would walk through all of it each time
     context = multiprocessing.get_context("fork")
     with context.Pool(min(len(ranks), os.cpu_count() or 1), maxtasksperchild=1) as pool:
         return pool.starmap(rehearse_rank, [(config, rank) for rank in ranks], chunksize=1)
@@ -100,11 +102,11 @@ def rehearse_rank(config: Config, rank: int) -> Rehearsed:
         loaded(config, place)
         mode = stack.enter_context(hollow())
         engine = build(config)
-        for _ in range(2):  # the second finds the optimizer's state and buffers in place
+        for micro_batches in (1, passes(config)):  # the second finds the optimizer's state and buffers in place
             gc.collect()  # cycles would hold what the step before has left
             resting = mode.live
             mode.reset_peak()
-            engine.train_step([batch(config)] * passes(config), token_loss)
+            engine.train_step([batch(config)] * micro_batches, token_loss)
         pieces = [Piece(f.name, f.offset, f.view.numel()) for f in engine.fragments(("weight",))]
         return Rehearsed(
             rank, pieces, engine.shapes(), group_order(engine), resting, mode.peak, time.perf_counter() - started

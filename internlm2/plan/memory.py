@@ -48,17 +48,21 @@ def training(network: Network, layout: Layout, buffers: Buffers, *, trained: flo
     language model's head (a reward model or critic has none).
     """
     states = model_states(network, layout, buffers, trained)
-    kept = activations(network, layout)
+    moving = states.pop("communication buffers", 0.0)
+    held = moving / 2 if layout.zero == 3 else 0.0  # DeepSpeed's ZeRO 3 makes its bucket once; others come and go
     tokens = layout.tokens_per_pass / layout.sequence
-    parts = {
-        **states,
-        "activations": kept,
-        "one layer at work": layer_peak(network, tokens, layout.recompute == "full"),
-        "loss": loss_peak(network, tokens) if loss else 0.0,
-    }
+    layer, head = layer_peak(network, tokens, layout.recompute == "full"), loss_peak(network, tokens) if loss else 0.0
+    kept = activations(network, layout)
+    # The loss is gone before a layer's gradients are made, and these reduced. ZeRO 1 reduces its fp32 sums in place.
+    at_loss, in_backward = kept + head, kept + layer + (moving - held if layout.zero >= 2 else 0.0)
+    if at_loss >= in_backward:
+        parts = {**states, "communication buffers": held, "activations": kept, "loss": head}
+    else:
+        held = moving if layout.zero >= 2 else held
+        parts = {**states, "communication buffers": held, "activations": kept, "one layer at work": layer}
     if layout.zero == 0 and layout.accumulation == 1:
         # Gradients are made while activations are let go, and the loss before both: only what exceeds them counts.
-        parts["gradients (fp32)"] = max(0.0, parts["gradients (fp32)"] - parts["activations"] - parts["loss"])
+        parts["gradients (fp32)"] = max(0.0, parts["gradients (fp32)"] - kept - max(layer, head))
     return with_reserve(parts)
 
 

@@ -1,5 +1,6 @@
 """`dry_run=true`: real engines on shapes, against real tensors and against the plan."""
 
+import contextlib
 import io
 import tracemalloc
 
@@ -47,6 +48,24 @@ def test_a_step_on_shapes_takes_what_the_real_step_takes():
     assert one.peak > one.resting
 
 
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
+def test_one_piece_for_all_ranks_takes_the_memory_of_every_rank_s_piece(engine, monkeypatch):
+    """DeepSpeed's own loops over the ranks, at a number of them that it can walk through, against the short cut."""
+    size = ["model.layers=1", "train.seq_len=64", "train.micro_batch=1", "train.batch_tokens=384"]
+    config = composed(f"engine={engine}", "cluster.gpus=6", *size)
+    short = rehearse_ranks(config, [0, 5])
+    monkeypatch.setattr("internlm2.dry_run.hollow.one_piece_for_all", contextlib.nullcontext)
+    for ours, theirs in zip(short, rehearse_ranks(config, [0, 5]), strict=True):
+        assert (ours.resting, ours.peak) == (theirs.resting, theirs.peak)
+        assert ours.pieces == theirs.pieces
+
+
+def test_flags_read_as_not_set_and_numbers_as_one():
+    with hollow():
+        assert not bool((torch.zeros(3) > 1).any())
+        assert torch.zeros(3).sum().item() == 1.0
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_planned_memory_of_one_gpu(recompute):
     """plan=true against what the tensors of a real step take: the width of 7b, few layers, long rows."""
@@ -67,6 +86,27 @@ def test_planned_memory_of_one_gpu(recompute):
     assert planned is not None
     one = rehearse_ranks(config, [0])[0]
     assert planned.memory.allocated == pytest.approx(one.peak, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_planned_memory_of_one_gpu_of_many(engine):
+    config = composed(
+        "model=7b",
+        f"engine={engine}",
+        "engine.recompute=full",
+        "cluster.gpus=64",
+        "model.layers=4",
+        "model.vocab_size=32768",
+        "data.tokenizer.vocab_size=32768",
+        "train.seq_len=4096",
+        "train.micro_batch=1",
+        "train.batch_tokens=524288",
+    )
+    planned = plan_stage(config).configured
+    assert planned is not None
+    one = rehearse_ranks(config, [0])[0]
+    assert planned.memory.allocated == pytest.approx(one.peak, rel=0.04)
 
 
 @pytest.mark.slow
