@@ -10,6 +10,7 @@ from internlm2.config.schema import EngineConfig, OptimConfig
 from internlm2.engine.base import Engine
 from internlm2.engine.optimizer import decays
 from internlm2.engine.single import SingleEngine
+from internlm2.model.values import Values
 from internlm2.run.ranks import from_environment
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,21 @@ def prepare_device(engine: EngineConfig) -> torch.device:
     return torch.device("cuda", from_environment().local_rank)
 
 
-def place_of_new_model(engine: EngineConfig, device: torch.device) -> torch.device:
-    """Where a model is made in fp32 before its engine takes it: one that ZeRO will cut up need not fit on a GPU."""
-    return device if engine.name == "single" else torch.device("cpu")
+def place_of_new_model(engine: EngineConfig, device: torch.device, *, adapted: bool = False) -> torch.device:
+    """Where a model is made in fp32 before its engine takes it: nowhere ("meta": shapes alone) where ZeRO will ask for
+    the pieces that each rank owns; on the host where adapters are put around its weights (`adapted`) before ZeRO cuts
+    them up, since it need not fit on a GPU.
+    """
+    return device if engine.name == "single" else torch.device("cpu" if adapted else "meta")
 
 
-def build_engine(model: nn.Module, engine: EngineConfig, optim: OptimConfig, total_steps: int) -> Engine:
-    """The engine that `engine.name` asks for, around `model`; says in one log line what it trains and how."""
+def build_engine(
+    model: nn.Module, engine: EngineConfig, optim: OptimConfig, total_steps: int, values: Values | None = None
+) -> Engine:
+    """The engine that `engine.name` asks for, around `model`; says in one log line what it trains and how.
+
+    values  of a model without memory (on "meta"), which engines over many ranks take
+    """
     device = prepare_device(engine)
     decaying = decays(model, optim.decay_embeddings)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -49,7 +58,7 @@ def build_engine(model: nn.Module, engine: EngineConfig, optim: OptimConfig, tot
     else:
         from internlm2.engine.zero import ZeroEngine  # DeepSpeed is for those who ask for it
 
-        built = ZeroEngine(model, engine, optim, total_steps, device)
+        built = ZeroEngine(model, engine, optim, total_steps, device, values)
     precision = "fp32" if engine.dtype == "fp32" else "bf16 with fp32 masters and fp32 gradient sums"
     log.info(
         "engine %s on %s, %s: %s trained parameters, weight decay %g on %s of them",

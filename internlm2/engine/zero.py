@@ -21,25 +21,37 @@ from internlm2.engine.deepspeed_settings import STAGES, import_deepspeed, settin
 from internlm2.engine.guard import StepGuard, TrainingStopped
 from internlm2.engine.optimizer import decays
 from internlm2.engine.partitions import Partitions
+from internlm2.engine.room import make_room
 from internlm2.engine.schedule import learning_rate
 from internlm2.engine.shard_group import ShardGroup
+from internlm2.engine.single import DTYPES
 from internlm2.engine.stopwatch import Stopwatch
 from internlm2.engine.sums import LossSums
 from internlm2.engine.whole import gathered
 from internlm2.model.sequence_parallel import SequenceParallel
+from internlm2.model.values import Values
 
 
 class ZeroEngine:
     """Trains `model` on all ranks of the process group; satisfies `internlm2.engine.base.Engine`.
 
     The model has the same weights on every rank, in fp32 and in host memory or on `device`: the fp32 masters are cut
-    from them before DeepSpeed casts. Every rank calls train_step, evaluate, fragments_changed, full_weights and whole
-    at the same time. Ranks may have different numbers of micro-batches: who has fewer walks one again with weight zero,
-    since every forward and backward pass is collective.
+    from them before DeepSpeed casts. Or it has none ("meta"), and `values` gives pieces of them: then each rank asks
+    for the masters that it owns, the others send the rest of the weights, and nobody holds a model in fp32.
+
+    Every rank calls train_step, evaluate, fragments_changed, full_weights and whole at the same time. Ranks may have
+    different numbers of micro-batches: who has fewer walks one again with weight zero, since every forward and backward
+    pass is collective.
     """
 
     def __init__(
-        self, model: nn.Module, engine: EngineConfig, optim: OptimConfig, total_steps: int, device: torch.device
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        total_steps: int,
+        device: torch.device,
+        values: Values | None = None,
     ) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
@@ -53,25 +65,37 @@ class ZeroEngine:
         self.guard = StepGuard(engine.on_nonfinite, engine.spike_factor, engine.max_bad_steps)
         self._stopwatch = Stopwatch(device, waits=self.stage == 3 or engine.sequence_parallel > 1)
         self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        decaying = decays(model, optim.decay_embeddings)
         self._sequence = _join_sequence(model, engine.sequence_parallel)
         self._shard = self._shard_group(engine)
         self._gate = _Gate()
         self._spare: Any = None
-        masters = {name: p.detach() for name, p in trained.items()}
-        self._deepspeed = self._start(import_deepspeed(device, ranks), engine, trained)
+        deepspeed = import_deepspeed(device, ranks)
+        written = settings(engine, sum(map(math.prod, self._shapes.values())), device, optim.clip_grad_norm)
+        if values is None:
+            values = _pieces_of({name: p.detach() for name, p in trained.items()})
+        else:
+            make_room(model, deepspeed, written, DTYPES[engine.dtype], device)
+            trained = dict(model.named_parameters())
+        self._deepspeed = self._start(deepspeed, written, trained, decaying)
         names = {id(p): name for name, p in model.named_parameters()}
         self._partitions = Partitions(self._deepspeed.optimizer, self.stage, names, self._shapes)
         for fragment in self.fragments(("weight",)):
             end = fragment.offset + fragment.view.numel()
-            fragment.view.copy_(masters[fragment.name].reshape(-1)[fragment.offset : end])
+            fragment.view.copy_(values(fragment.name, fragment.offset, end))
         self.fragments_changed()
 
     def _shard_group(self, engine: EngineConfig) -> ShardGroup | None:
         size = engine.zero.shard_group
         return None if size is None or size == self.world_size or self.stage == 3 else ShardGroup(size)
 
-    def _start(self, deepspeed: Any, engine: EngineConfig, trained: dict[str, nn.Parameter]) -> Any:
-        decaying = decays(self.model, self.optim.decay_embeddings)
+    def _start(
+        self,
+        deepspeed: Any,
+        written: dict[str, Any],
+        trained: dict[str, nn.Parameter],
+        decaying: dict[str, bool],
+    ) -> Any:
         groups = [
             {
                 "params": [p for name, p in trained.items() if decaying[name] is decay],
@@ -89,13 +113,12 @@ class ZeroEngine:
         update = optimizer.step
         # DeepSpeed knows the gradient's norm only on its way to the optimizer, which therefore asks before it updates.
         optimizer.step = lambda closure=None: update() if self._gate() else None  # type: ignore[method-assign]
-        numbers = sum(math.prod(shape) for shape in self._shapes.values())
         deepspeed.utils.groups.mpu = None  # that of another engine in this process would otherwise stay
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory that it takes
             started = deepspeed.initialize(
                 model=_Objective(self.model),
                 optimizer=optimizer,
-                config=settings(engine, numbers, self.device, self.optim.clip_grad_norm),
+                config=written,
                 mpu=self._shard,
             )[0]
         started.optimizer.mpu = None  # it has no model-parallel ranks to ask
@@ -259,6 +282,10 @@ class ZeroEngine:
         for entry in self._partitions.states:
             entry["step"].fill_(float(state["adam_step"]))
         self.guard.load_state_dict(state["guard"], after_rollback=after_rollback)
+
+
+def _pieces_of(tensors: dict[str, torch.Tensor]) -> Values:
+    return lambda name, start, stop: tensors[name].reshape(-1)[start:stop]
 
 
 class _Objective(nn.Module):

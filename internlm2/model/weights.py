@@ -132,14 +132,18 @@ def load_weights(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], origi
     for name, tensor in tensors:
         if name not in missing:
             raise ConfigError(f"{origin} holds {name}, which this model has no place for.")
-        if tensor.shape != parameters[name].shape:
-            found, wanted = list(tensor.shape), list(parameters[name].shape)
-            hint = _vocabulary_hint(name, found[0], wanted[0]) if found[1:] == wanted[1:] else ""
-            raise ConfigError(f"{origin}: {name} has shape {found}, this model needs {wanted}.{hint}")
+        check_shape(name, tuple(tensor.shape), tuple(parameters[name].shape), origin)
         parameters[name].copy_(tensor)
         del missing[name]
     if missing:
         raise ConfigError(f"{origin} lacks {next(iter(missing))} ({len(missing)} missing in all).")
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], origin: str) -> None:
+    """ConfigError unless a stored tensor has the shape that the model needs; `origin` is for errors."""
+    if found != wanted:
+        hint = _vocabulary_hint(name, found[0], wanted[0]) if found[1:] == wanted[1:] else ""
+        raise ConfigError(f"{origin}: {name} has shape {list(found)}, this model needs {list(wanted)}.{hint}")
 
 
 def _vocabulary_hint(name: str, found: int, wanted: int) -> str:

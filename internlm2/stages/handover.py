@@ -8,6 +8,7 @@ from internlm2.config import Config, ConfigError, ModelConfig
 from internlm2.model.layouts import REWARD_HEAD
 from internlm2.model.scalar import ScalarModel, load_scalar_weights
 from internlm2.model.transformer import CausalLM
+from internlm2.model.values import Values, stored_values
 from internlm2.model.weights import Weights, load_weights, open_weights
 from internlm2.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,23 +53,31 @@ def check(source: Path, config: Config, tokenizer: Tokenizer) -> tuple[Weights, 
     return weights, rows + _compare_values(weights.config, config.model)
 
 
-def load(model: CausalLM | ScalarModel, source: Path, config: Config, tokenizer: Tokenizer) -> list[Inherited]:
-    """Load the weights at `source` into `model`; returns the table, which is also printed.
+def load(
+    model: CausalLM | ScalarModel, source: Path, config: Config, tokenizer: Tokenizer
+) -> tuple[Values | None, list[Inherited]]:
+    """Load the weights at `source` into `model`, or return them in pieces where it has no memory (on "meta"); and the
+    table, which is also printed.
 
     A ScalarModel takes the head that the weights bring, or a new one drawn from `config.seed`.
     """
     weights, table = check(source, config, tokenizer)
+    values, head_seed = None, None
     if isinstance(model, ScalarModel):
         has_head = REWARD_HEAD in weights.dtypes
-        load_scalar_weights(model, weights, str(source), None if has_head else config.seed)
+        head_seed = None if has_head else config.seed
         drawn = f"random, seed {config.seed}"
         table.append(Inherited("v_head", "there" if has_head else "none", "there" if has_head else drawn, "one output"))
+    if next(model.parameters()).is_meta:
+        values = stored_values(model, weights, str(source), head_seed)
+    elif isinstance(model, ScalarModel):
+        load_scalar_weights(model, weights, str(source), head_seed)
     else:
         load_weights(model, weights, str(source))
     for row in table:
         value = row.used if row.inherited == row.used else f"{row.inherited} -> {row.used}"
         log.info("hand-over: %-30s %s (%s)", row.key, value, row.note)
-    return table
+    return values, table
 
 
 def as_rows(table: list[Inherited]) -> list[dict[str, str]]:

@@ -22,6 +22,7 @@ from internlm2.generation.build import build_generator, describe_generation
 from internlm2.model.adapters import add_adapters, describe, merged_weights
 from internlm2.model.scalar import ScalarModel, load_scalar_weights
 from internlm2.model.transformer import CausalLM
+from internlm2.model.values import Values, stored_values
 from internlm2.model.weights import load_weights, open_weights
 from internlm2.ops import describe_quantize, quantize_linears_
 from internlm2.ops.attention import describe_backend
@@ -94,16 +95,17 @@ def build_models(
     log.info(describe_backend(device, dtype, config.model.head_dim, config.engine.attention))
     log.info(describe_products(device, dtype))
     frozen: dict[str, FrozenModel] = {}
-    model = _language_model(config, policy, place_of_new_model(config.engine, device))
+    adapted = config.adapter.kind != "none"
+    model, values = _language_model(config, policy, place_of_new_model(config.engine, device, adapted=adapted))
     add_adapters(model, config.adapter, config.seed)
-    if config.adapter.kind != "none":
+    if adapted:
         log.info("actor %s", describe(model, config.adapter))
     critic = _critic(config, policy, reward if isinstance(reward, Path) else None, device) if ppo.has_critic else None
-    actor = build_engine(model, config.engine, config.optim, ppo.iterations * ppo.updates)
-    shared = config.adapter.kind != "none" and reference == policy
+    actor = build_engine(model, config.engine, config.optim, ppo.iterations * ppo.updates, values)
+    shared = adapted and reference == policy
     if shared:
         log.info("reference: the actor with its adapters off")
-    base = model if shared else _language_model(config, reference, _place_of_frozen(config, device))
+    base = model if shared else _language_model(config, reference, _place_of_frozen(config, device), frozen=True)[0]
     if not shared:
         frozen["reference"] = _frozen(base, config, "reference", device)
     if isinstance(reward, Path):
@@ -113,7 +115,7 @@ def build_models(
     critic_engine = None
     if critic is not None:
         total = (ppo.critic_warmup + ppo.iterations) * ppo.updates
-        critic_engine = build_engine(critic, config.engine, ppo.critic.optim, total)
+        critic_engine = build_engine(critic[0], config.engine, ppo.critic.optim, total, critic[1])
     plain = model if config.adapter.kind == "none" else _merged_copy(config, model)
     sampler = _sampler(config, plain, device, vocab_size)
     return Models(
@@ -151,43 +153,53 @@ def whole(engine: Engine) -> Iterator[Any]:
         engine.model.train(was_training)
 
 
-def _language_model(config: Config, source: Path, device: torch.device) -> CausalLM:
+def _language_model(
+    config: Config, source: Path, device: torch.device, *, frozen: bool = False
+) -> tuple[CausalLM, Values | None]:
+    """In fp32, or in the training dtype where it is frozen; on "meta" its weights come in pieces."""
     weights = open_weights(source)
     model = CausalLM.from_config(
         config.model,
         device=device,
+        dtype=DTYPES[config.engine.dtype] if frozen else torch.float32,
         attention=config.engine.attention,
         recompute=config.engine.recompute,
         seed=None,
     )
+    if device.type == "meta":
+        return model, stored_values(model, weights, str(source))
     load_weights(model, weights, str(source))
-    return model
+    return model, None
 
 
-def _critic(config: Config, policy: Path, reward: Path | None, device: torch.device) -> nn.Module:
-    """The reward model's backbone with a new head (report 4.2.3), or the policy's."""
+def _critic(config: Config, policy: Path, reward: Path | None, device: torch.device) -> tuple[nn.Module, Values | None]:
+    """The reward model's backbone with a new head (report 4.2.3), or the policy's; and, on "meta", its weights."""
     ppo = config.ppo
     assert ppo is not None
     if ppo.critic.init == "reward" and reward is None:
         raise ConfigError("ppo.critic.init=reward needs a reward model; this run's reward is a function: use policy.")
     source = reward if ppo.critic.init == "reward" and reward is not None else policy
+    adapted, values = config.adapter.kind != "none", None
     critic = ScalarModel.from_config(
         config.model,
-        device=place_of_new_model(config.engine, device),
+        device=place_of_new_model(config.engine, device, adapted=adapted),
         attention=config.engine.attention,
         recompute=config.engine.recompute,
         seed=None,
     )
-    load_scalar_weights(critic, open_weights(source), str(source), head_seed=config.seed)
-    if config.adapter.kind != "none":
+    if next(critic.parameters()).is_meta:
+        values = stored_values(critic, open_weights(source), str(source), config.seed)
+    else:
+        load_scalar_weights(critic, open_weights(source), str(source), head_seed=config.seed)
+    if adapted:
         add_adapters(cast(Any, critic), config.adapter, config.seed + 1)
         critic.v_head.weight.requires_grad_(True)
     log.info("critic from %s, with a new head", source)
-    return critic
+    return critic, values
 
 
 def _place_of_frozen(config: Config, device: torch.device) -> torch.device:
-    return place_of_new_model(config.engine, device) if config.frozen.shard else device
+    return torch.device("cpu") if config.frozen.shard and config.engine.name != "single" else device
 
 
 def _frozen(model: nn.Module, config: Config, name: str, device: torch.device) -> FrozenModel:

@@ -23,6 +23,7 @@ from internlm2.evaluate.held_out import HeldOut
 from internlm2.generation.build import describe_generation
 from internlm2.model.scalar import ScalarModel
 from internlm2.model.transformer import CausalLM
+from internlm2.model.values import Values, random_values
 from internlm2.ops.attention import describe_backend
 from internlm2.ops.processor import describe_products
 from internlm2.run.directory import RunDirectory
@@ -87,9 +88,9 @@ Model = TypeVar("Model", CausalLM, ScalarModel)
 
 def start_model(
     kind: type[Model], config: Config, device: torch.device, tokenizer: Tokenizer, directory: RunDirectory
-) -> Model:
-    """A CausalLM or ScalarModel with random or inherited weights, in fp32 until the engine casts them; writes
-    handover.json.
+) -> tuple[Model, Values | None]:
+    """A CausalLM or ScalarModel with random or inherited weights, in fp32 until the engine casts them; for ZeRO, where
+    no adapters come in between, a model without memory and its weights in pieces. Writes handover.json.
     """
     engine, dtype = config.engine, DTYPES[config.engine.dtype]
     try:
@@ -101,7 +102,7 @@ def start_model(
     source = initial_weights(config)
     model = kind.from_config(
         config.model,
-        device=place_of_new_model(engine, device),
+        device=place_of_new_model(engine, device, adapted=config.adapter.kind != "none"),
         attention=engine.attention,
         recompute=engine.recompute,
         seed=config.seed if source is None else None,
@@ -109,8 +110,11 @@ def start_model(
     origin = f"random, seed {config.seed}" if source is None else f"from {source}"
     log.info("model %s: %s parameters, %s", config.model.name, f"{config.model.parameters()['total']:,}", origin)
     if source is not None:
-        directory.write_json("handover.json", handover.as_rows(handover.load(model, source, config, tokenizer)))
-    return model
+        values, table = handover.load(model, source, config, tokenizer)
+        directory.write_json("handover.json", handover.as_rows(table))
+        return model, values
+    on_demand = next(model.parameters()).is_meta
+    return model, random_values(model, config.model, config.seed) if on_demand else None
 
 
 def run_job(

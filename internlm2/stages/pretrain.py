@@ -37,8 +37,8 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     if source is not None and config.validate.compare_with_init:
         handover.check(source, config, data.tokenizer)
         context.measure_start(source, device, dtype, config.engine.attention)
-    model = start_model(CausalLM, config, device, data.tokenizer, directory)
-    engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
+    model, weights = start_model(CausalLM, config, device, data.tokenizer, directory)
+    engine = build_engine(model, config.engine, config.optim, config.train.total_steps, weights)
 
     job, stop = run_job(
         config, directory, console, engine, data.stream, token_loss, lambda: data.held_out.measure(engine, token_loss)

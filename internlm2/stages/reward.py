@@ -52,11 +52,11 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     assert settings is not None  # config.checks has seen to it
     device = prepare_device(config.engine)
     data = load_preferences(config, settings, directory, console)
-    model = start_model(ScalarModel, config, device, data.tokenizer, directory)
+    model, weights = start_model(ScalarModel, config, device, data.tokenizer, directory)
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
-    engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
+    engine = build_engine(model, config.engine, config.optim, config.train.total_steps, weights)
     pair_loss = reward_loss(settings)
 
     def loss(model: torch.nn.Module, batch: PairBatch) -> LossSum:

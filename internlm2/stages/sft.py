@@ -32,7 +32,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     """One stage: build, resume, train, finish. Returns the exit code: 0, or 128 + the signal that stopped it."""
     device = prepare_device(config.engine)
     data = load_data(config, directory, console)
-    model = start_model(CausalLM, config, device, data.tokenizer, directory)
+    model, weights = start_model(CausalLM, config, device, data.tokenizer, directory)
     first_start = not list(directory.samples.glob("*.txt"))
     longest = config.run.sample_tokens
     questions = held_out_questions(data.corpus, list(data.weights), config.validate.answers, longest)
@@ -40,7 +40,7 @@ def run(config: Config, directory: RunDirectory, console: Console) -> int:
     add_adapters(model, config.adapter, config.seed)
     if config.adapter.kind != "none":
         log.info(describe(model, config.adapter))
-    engine = build_engine(model, config.engine, config.optim, config.train.total_steps)
+    engine = build_engine(model, config.engine, config.optim, config.train.total_steps, weights)
 
     def answer() -> None:
         with engine.whole():
