@@ -94,6 +94,7 @@ def test_planned_memory_of_one_gpu_of_many(engine):
     config = composed(
         "model=7b",
         f"engine={engine}",
+        "engine.dtype=bf16",
         "engine.recompute=full",
         "cluster.gpus=64",
         "model.layers=4",
