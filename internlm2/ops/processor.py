@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @functools.cache
@@ -16,7 +17,12 @@ def bfloat16_is_slow() -> bool:
 
 
 def widens(*tensors: torch.Tensor) -> bool:
-    """Whether a product of these is faster in float32 by more than the conversions cost. Same sums, one rounding."""
+    """Whether a product of these is faster in float32 by more than the conversions cost. Same sums, one rounding.
+
+    Tensors without contents stand for a run on other hardware (internlm2.dry_run): never.
+    """
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return False
     return (
         all(tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors) and bfloat16_is_slow()
     )

@@ -89,8 +89,9 @@ def test_planned_memory_of_one_gpu(recompute):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
-def test_planned_memory_of_one_gpu_of_many(engine):
+@pytest.mark.parametrize(("engine", "low", "high"), [("zero1", 0.96, 1.04), ("zero3", 1.0, 1.3)])
+def test_planned_memory_of_one_gpu_of_many(engine, low, high):
+    """ZeRO 3 is planned with engine.zero.live_parameters gathered at once; four layers never hold so many."""
     config = composed(
         "model=7b",
         f"engine={engine}",
@@ -107,7 +108,7 @@ def test_planned_memory_of_one_gpu_of_many(engine):
     planned = plan_stage(config).configured
     assert planned is not None
     one = rehearse_ranks(config, [0])[0]
-    assert planned.memory.allocated == pytest.approx(one.peak, rel=0.04)
+    assert low * one.peak <= planned.memory.allocated <= high * one.peak
 
 
 @pytest.mark.slow
