@@ -233,5 +233,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """[t, V] -> [t], natural; a probability that has underflowed to 0 adds 0."""
-    return torch.special.entr(probabilities).sum(-1)
+    """[t, V] -> [t], natural; a probability that has underflowed to 0 adds 0.
+
+    torch.special.entr takes one logarithm at a time on CPU; `log_` takes eight.
+    """
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return probabilities.clamp_min(smallest).log_().mul_(probabilities).sum(-1).neg_()

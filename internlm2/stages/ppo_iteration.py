@@ -241,8 +241,8 @@ def check_drift(trainer: Trainer, old: Tensor, rollouts: Sequence[Rollout]) -> d
 def exact_kl(trainer: Trainer, model: CausalLM, rollouts: Sequence[Rollout]) -> float | None:
     """KL over the whole vocabulary at the states of a few answers, nats an answer."""
     temperature, total = trainer.ppo.rollout.temperature, 0.0
-    for rollout in rollouts:
-        row = pack([rollout]).to(trainer.models.actor.device)
+    for chosen in plan([sequence_tokens(rollout) for rollout in rollouts], trainer.ppo.micro_batch_tokens):
+        row = pack([rollouts[place] for place in chosen]).to(trainer.models.actor.device)
         mine = model.model(row.ids, row.cu_seqlens, row.max_seqlen)[row.at]
         own = model.output_weight
         with trainer.models.reference.model(model) as base:
