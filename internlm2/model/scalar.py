@@ -59,19 +59,26 @@ class ScalarModel(nn.Module):
             seed=seed,
         )
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
-        """ids [T] int64, cu_seqlens [n + 1] int32 -> one number for each position, [T] float32 (float64 stays)."""
-        values, ranks = self.v_head(self.model(ids, cu_seqlens, max_seqlen)), self.model.sequence_parallel
-        return values if ranks is None else ranks.gather(values, len(ids))
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """ids [T] int64, cu_seqlens [n + 1] int32 -> one number for each position, [T] float32 (float64 stays); with
+        `at` [A] int64 for these positions only, [A].
+        """
+        ranks = self.model.sequence_parallel
+        if ranks is None:
+            return self.v_head(self.model(ids, cu_seqlens, max_seqlen, at))
+        values = ranks.gather(self.v_head(self.model(ids, cu_seqlens, max_seqlen)), len(ids))
+        return values if at is None else values[at]
 
     def scores(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """The number at the last token of each sequence, [n] float32. Its place comes from the lengths alone."""
-        return last_values(self(ids, cu_seqlens, max_seqlen), cu_seqlens)
+        return self(ids, cu_seqlens, max_seqlen, last_positions(cu_seqlens))
 
 
-def last_values(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """values [T] -> the one at the last token of each sequence, [n]: a reward model's scores."""
-    return values[cu_seqlens[1:].long() - 1]
+def last_positions(cu_seqlens: Tensor) -> Tensor:
+    """[n + 1] int32 -> [n] int64: where the last token of each sequence stands, and with it a reward model's score."""
+    return cu_seqlens[1:].long() - 1
 
 
 def load_scalar_model(

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.hidden_size, self.groups * self.slots * self.head_dim, bias=False)
         self.wo = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, at: Tensor | None = None) -> Tensor:
         qkv = self.wqkv(x).view(len(x), self.groups, self.slots, self.head_dim)
         if packing.ranks is not None:
             qkv = packing.ranks.scatter_groups(qkv)
@@ -61,11 +61,12 @@ class Attention(nn.Module):
         )
         if packing.ranks is not None:
             out = packing.ranks.gather_heads(out)
-        return self.wo(out.flatten(1))
+        out = out.flatten(1)
+        return self.wo(out if at is None else out.index_select(0, at))
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with `at` [A] the result has these rows of x only."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -74,8 +75,9 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), packing)
+    def forward(self, x: Tensor, packing: Packing, at: Tensor | None = None) -> Tensor:
+        mixed = self.attention(self.attention_norm(x), packing, at)
+        x = (x if at is None else x.index_select(0, at)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -105,13 +107,21 @@ class InternLM2(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = RopeTables(config)
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, at: Tensor | None = None
+    ) -> Tensor:
         """Packed sequences ids [T] int64, cu_seqlens [n + 1] int32 -> hidden [T, C], after the final norm.
 
         Positions start at 0 in each sequence and attention stays inside it. `max_seqlen` saves a look at cu_seqlens,
         which on a GPU would stall the stream. With sequence parallelism hidden is this rank's [L, C].
+
+        at  [A] int64: hidden [A, C] of these positions alone. The last layer then skips what follows its attention
+            everywhere else, which nobody would read: four fifths of a layer, for prompts and for all but the last token
+            of what a reward model scores. Not with sequence parallelism, where positions lie on several ranks.
         """
         ranks = self.sequence_parallel
+        if ranks is not None and at is not None:
+            raise ValueError("with sequence parallelism the backbone returns this rank's positions: select them later.")
         if ranks is not None:
             if max_seqlen is not None:
                 max_seqlen = max(max_seqlen, ranks.padding(len(ids)))
@@ -119,11 +129,12 @@ class InternLM2(nn.Module):
             ids = ranks.shard(ids, 0)
         packing = self.packing(cu_seqlens, max_seqlen)
         x = self.tok_embeddings(ids)
-        for layer in self.layers:
+        for left, layer in zip(reversed(range(len(self.layers))), self.layers):
+            read = None if left else at
             if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, packing, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, packing, read, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, packing)
+                x = layer(x, packing, read)
         return self.norm(x)
 
     def packing(self, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Packing:
@@ -218,11 +229,12 @@ class CausalLM(nn.Module):
         """Log-probabilities of `labels` [A] as the tokens after positions `at` [A] of the packed row, and the
         entropies there, each [A] float32, natural, of softmax(logits / temperature). Gradient flows.
 
-        Only these positions meet the output matrix: a prompt's tokens cost nothing there.
+        Only these positions go through the end of the last layer and meet the output matrix.
         """
-        hidden, ranks = self.model(ids, cu_seqlens, max_seqlen), self.model.sequence_parallel
+        ranks = self.model.sequence_parallel
         if ranks is None:
-            return self._logprobs(hidden[at], labels, temperature)
+            return self._logprobs(self.model(ids, cu_seqlens, max_seqlen, at), labels, temperature)
+        hidden = self.model(ids, cu_seqlens, max_seqlen)
         mine = at // len(hidden) == ranks.rank
         found = self._logprobs(hidden[at[mine] - ranks.rank * len(hidden)], labels[mine], temperature)
         logprobs, entropies = (ranks.sum(part.new_zeros(len(at)).masked_scatter(mine, part)) for part in found)

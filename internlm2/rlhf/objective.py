@@ -108,7 +108,7 @@ def critic_loss(*, clip: float | None = None) -> Callable[[nn.Module, Any], Loss
 
     def loss(model: Any, batch: PolicyBatch) -> LossSum:
         rows = batch.packed
-        values = model(rows.ids, rows.cu_seqlens, rows.max_seqlen)[rows.at]
+        values = model(rows.ids, rows.cu_seqlens, rows.max_seqlen, rows.at)
         losses = value_loss(values, batch.returns, batch.values, clip)
         return LossSum(losses.sum(), batch.loss_tokens)
 

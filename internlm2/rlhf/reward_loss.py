@@ -7,13 +7,13 @@ import torch
 from internlm2.config import RewardConfig
 from internlm2.data.pair_batch import PairBatch
 from internlm2.engine.base import LossFunction, LossSum, StepResult
-from internlm2.model.scalar import last_values
+from internlm2.model.scalar import last_positions
 from internlm2.rlhf.ranking import focal_ranking_losses, pair_barriers, ranking_losses
 
 
 def sequence_scores(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
     """The score of each sequence, [m] float32: the value at its reward token, which is its last."""
-    return last_values(model(batch.ids, batch.cu_seqlens, batch.max_seqlen), batch.cu_seqlens)
+    return model(batch.ids, batch.cu_seqlens, batch.max_seqlen, last_positions(batch.cu_seqlens))
 
 
 def reward_loss(settings: RewardConfig) -> LossFunction:

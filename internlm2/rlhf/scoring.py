@@ -13,7 +13,7 @@ from torch import nn
 from internlm2.config import ConfigError
 from internlm2.data.reward_sequence import RewardSequences
 from internlm2.model.export import REWARD_SETTINGS
-from internlm2.model.scalar import last_values, load_scalar_model
+from internlm2.model.scalar import last_positions, load_scalar_model
 from internlm2.model.weights import open_weights
 from internlm2.rlhf.conditions import Conditions
 from internlm2.text.chat import Message, render
@@ -118,8 +118,8 @@ class RewardScorer:
         device = next(iter(self.model.parameters())).device
         lengths = np.array([len(row) for row in rows])
         bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
-        values = self.model(torch.from_numpy(np.concatenate(rows)).to(device), bounds, int(lengths.max()))
-        scores: list[float] = last_values(values, bounds).tolist()
+        ids = torch.from_numpy(np.concatenate(rows)).to(device)
+        scores: list[float] = self.model(ids, bounds, int(lengths.max()), last_positions(bounds)).tolist()
         return scores
 
 

@@ -222,7 +222,7 @@ def token_numbers(model: CausalLM, row: Packed, temperature: float) -> Sequence[
 
 def state_values(critic: Any, row: Packed) -> Tensor:
     """V of the state before each action."""
-    return critic(row.ids, row.cu_seqlens, row.max_seqlen)[row.at]
+    return critic(row.ids, row.cu_seqlens, row.max_seqlen, row.at)
 
 
 def check_drift(trainer: Trainer, old: Tensor, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -243,10 +243,10 @@ def exact_kl(trainer: Trainer, model: CausalLM, rollouts: Sequence[Rollout]) -> 
     temperature, total = trainer.ppo.rollout.temperature, 0.0
     for chosen in plan([sequence_tokens(rollout) for rollout in rollouts], trainer.ppo.micro_batch_tokens):
         row = pack([rollouts[place] for place in chosen]).to(trainer.models.actor.device)
-        mine = model.model(row.ids, row.cu_seqlens, row.max_seqlen)[row.at]
+        mine = model.model(row.ids, row.cu_seqlens, row.max_seqlen, row.at)
         own = model.output_weight
         with trainer.models.reference.model(model) as base:
-            theirs = base.model(row.ids, row.cu_seqlens, row.max_seqlen)[row.at]
+            theirs = base.model(row.ids, row.cu_seqlens, row.max_seqlen, row.at)
             total += token_kl(mine, own, theirs, base.output_weight, temperature=temperature).double().sum().item()
     answers, summed = trainer.total([float(len(rollouts)), total])
     return summed / answers if answers else None

@@ -65,6 +65,21 @@ def test_recompute_gives_the_same_gradients(tiny):
         assert torch.equal(ours.grad, other.grad), name
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("at", [[4], [22, 0, 5, 11], [7, 7]])
+def test_some_positions_equal_those_of_all_with_their_gradients(tiny, at, recompute):
+    """`at` leaves out what nobody reads of the last layer, and nothing else."""
+    model = CausalLM.from_config(tiny, dtype=torch.float64, seed=1, recompute=recompute)
+    ids = torch.randint(131, (23,), generator=torch.Generator().manual_seed(2))
+    cu, at = torch.tensor([0, 5, 6, 23], dtype=torch.int32), torch.tensor(at)
+    found = []
+    for hidden in (model.model(ids, cu)[at], model.model(ids, cu, 17, at)):
+        gradients = torch.autograd.grad(hidden.square().sum(), list(model.model.parameters()))
+        found.append([hidden.detach(), *gradients])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-11)
+
+
 def test_every_parameter_has_the_official_name(tiny):
     names = set(CausalLM.from_config(tiny, device="meta").state_dict())
     layer = {f"{part}.weight" for part in (
