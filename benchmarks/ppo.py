@@ -13,7 +13,7 @@ Rounds alternate between the two in one process.
 Phases: `rollout` draws the answers; `score` is everything up to the advantages (log-probabilities, values, rewards);
 `train` is forward, backward and optimizer of actor and critic. `--clock cpu` counts processor seconds: on a busy
 machine, with --threads 1, only the ratio means something. State memory is what stays between two iterations: weights,
-masters, moments, and the sampler's packed weights.
+masters and moments. The sampler's packed copy of the actor lives while it draws; TRL samples from the actor itself.
 """
 
 import argparse
@@ -123,9 +123,8 @@ def ours(work: Work, config: Config) -> tuple[Callable[[], Seconds], float]:
 
     trained = sum(fragment.view.nbytes for e in (actor, critic) for fragment in e.fragments())
     copies = sum(p.nbytes for e in (actor, critic) for p in e.model.parameters() if p.dtype != torch.float32)
-    packed = sum(p.nbytes for p in plain.parameters())
     frozen = sum(p.nbytes for m in (reference, judge) for p in m.parameters())
-    return measure, float(trained + copies + packed + frozen)
+    return measure, float(trained + copies + frozen)
 
 
 def scorer(judge: ScalarModel) -> Callable[[Any], list[float]]:

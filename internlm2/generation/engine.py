@@ -112,12 +112,23 @@ class Engine:
         scaling = model.config.rope_scaling
         reach = model.config.max_position_embeddings * (1.0 if scaling.kind == "none" else scaling.factor)
         self.max_length = max_length or int(reach)
+        self._released = False
         self.clear()
 
     def refresh(self) -> None:
         """Take over the model's weights after a training step. Rows in flight are dropped: they would mix models."""
         self.clear()
         self.network.refresh()
+        self._released = False
+
+    def release(self) -> None:
+        """Free the packed copies of the weights and the cache; `refresh` makes them again. While a model trains, its
+        sampler then costs no memory.
+        """
+        self.clear()
+        if not self._released:
+            self.network.release()
+        self._released = True
 
     def clear(self) -> None:
         """Drop everything that is waiting or running, and the cache's memory."""
@@ -138,6 +149,8 @@ class Engine:
 
         row_id names the prompt's own random numbers (default: index); index only appears in the completions.
         """
+        if self._released:
+            raise RuntimeError("the engine's weights were released: call refresh() before it generates.")
         ids = [int(token) for token in prompt]
         self._check(ids, params)
         completions = [Completion(index, number) for number in range(params.n)]

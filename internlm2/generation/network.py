@@ -50,6 +50,10 @@ class Network:
             act_bits=ACT_BITS,
         )
 
+    def release(self) -> None:
+        """Let go of these copies. Nothing can be computed until `refresh`."""
+        del self.output, self.decoder
+
     def _layer(self, layer: Layer) -> DecoderLayer:
         def pack(*modules: nn.Module) -> Projection:
             if not all(isinstance(module, nn.Linear) for module in modules):

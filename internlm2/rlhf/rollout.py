@@ -21,7 +21,7 @@ _MOST_SKIPPED = 1000
 
 
 class Sampler(Protocol):
-    """What draws answers: `internlm2.generation.Engine`, or another engine behind the same two methods."""
+    """What draws answers: `internlm2.generation.Engine`, or another engine behind the same methods."""
 
     def generate(
         self,
@@ -35,6 +35,10 @@ class Sampler(Protocol):
 
     def refresh(self) -> None:
         """Take over the policy's weights after an update, and drop everything that was computed with the old ones."""
+        ...
+
+    def release(self) -> None:
+        """Nothing is drawn until the next `refresh`: free what it would make anew."""
         ...
 
 

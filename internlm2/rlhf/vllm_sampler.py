@@ -53,6 +53,9 @@ class VLLMSampler:
         tensors = list(llama_tensors(model_weights(self.model)))
         self.engine.apply_model(lambda module: module.load_weights(tensors))
 
+    def release(self) -> None:
+        """vLLM keeps its own copy of the weights, and loads the next ones into it."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

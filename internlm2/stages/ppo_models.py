@@ -131,7 +131,7 @@ def build_models(
 
 @contextlib.contextmanager
 def sampling_weights(models: Models, config: Config) -> Iterator[Sampler]:
-    """The sampler with the actor's weights as they are now; caches of older weights are dropped."""
+    """The sampler with the actor's weights as they are now; its copies of them are dropped at the end."""
     with whole(models.actor):
         if models.plain is not models.actor.model:
             merged = merged_weights(cast(CausalLM, models.actor.model), config.adapter)
@@ -140,6 +140,7 @@ def sampling_weights(models: Models, config: Config) -> Iterator[Sampler]:
         models.plain.eval()
         models.sampler.refresh()
         yield models.sampler
+        models.sampler.release()
         models.plain.train(was_training)
 
 

@@ -1,6 +1,8 @@
 """The engine against a forward pass over whole sequences, and against itself at other batch sizes."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -218,6 +220,20 @@ def test_refresh_takes_the_new_weights(prompts):
     after = texts(engine.generate(prompts, GREEDY))
     assert after == texts(Engine(other).generate(prompts, GREEDY))
     assert after != before
+
+
+def test_released_weights_take_no_memory_and_come_back_with_a_refresh(prompts):
+    engine = Engine(tiny_model())
+    before = texts(engine.generate(prompts, GREEDY))
+    packed = weakref.ref(engine.network.decoder)
+    engine.release()
+    engine.release()
+    gc.collect()
+    assert packed() is None
+    with pytest.raises(RuntimeError, match="call refresh"):
+        engine.generate(prompts, GREEDY)
+    engine.refresh()
+    assert texts(engine.generate(prompts, GREEDY)) == before
 
 
 def test_what_cannot_be_generated_is_refused(model):
