@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from internlm2.sources import toy_language as toy
 from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages import ppo, ppo_round, reward, round_models
 from internlm2.stages.preparation import is_complete
+from tests.stages.conftest import REPOSITORY
 
 SMALL = [
     "preset=toy",
@@ -175,6 +180,54 @@ def test_a_kill_in_any_phase_changes_nothing(start, whole, tmp_path, monkeypatch
     files += [path.relative_to(whole) for path in whole.rglob("hacks.json")]
     assert len(files) > 20
     for file in files:
+        assert (again / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+# Lines of a file of the stage's directory at which a process is killed from outside, phase after phase.
+MOMENTS = (
+    ("round_1/policy/metrics.jsonl", 3),
+    ("round_1/answers/sft.jsonl", 1),
+    ("round_2/preferences/reward/round_1_slow.jsonl", 1),
+    ("round_2/policy/metrics.jsonl", 2),
+)
+
+
+def process(start: Path, root: Path) -> subprocess.Popen:
+    """The command line of the same run, in a process of its own."""
+    if not root.exists():
+        shutil.copytree(start, root)
+    named = ["stage=ppo", f"root={root}", "name=run", f"data.cache_dir={start}/cache"]
+    command = [sys.executable, "train.py", *SMALL, *PPO, *named]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_at(running: subprocess.Popen, file: Path, lines: int) -> None:
+    """kill -9 as soon as the file has so many lines."""
+    deadline = time.monotonic() + 600
+    while not (file.exists() and len(file.read_bytes().splitlines()) >= lines):
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_kill_9_in_phase_after_phase_changes_nothing(start, tmp_path):
+    whole, again = (tmp_path / name / "run" / "ppo" for name in ("whole", "again"))
+    straight = process(start, tmp_path / "whole")
+    assert straight.wait() == 0, straight.communicate()[1]
+    for file, lines in MOMENTS:
+        kill_at(process(start, tmp_path / "again"), again / file, lines)
+    last = process(start, tmp_path / "again")
+    assert last.wait() == 0, last.communicate()[1]
+    files = [path.relative_to(whole) for path in whole.rglob("*.jsonl") if path.name != "timing.jsonl"]
+    assert len(files) > 20
+    for file in files:
+        assert (again / file).read_bytes() == (whole / file).read_bytes(), file
+    weights = [path.relative_to(whole) for path in whole.glob("round_*/policy/export/*.safetensors")]
+    assert len(weights) == 2
+    for file in weights:
         assert (again / file).read_bytes() == (whole / file).read_bytes(), file
 
 
