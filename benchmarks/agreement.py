@@ -28,7 +28,6 @@ from scale import on_ranks
 
 from internlm2.config import Config
 from internlm2.config.compose import CONF, register_schema, to_config
-from internlm2.data.toy_tokenizer import write_tokenizer
 from internlm2.model.export import export_weights
 from internlm2.model.transformer import CausalLM
 from internlm2.model.weights import model_weights
@@ -36,6 +35,7 @@ from internlm2.rlhf.rollout import Rollout
 from internlm2.run.directory import RunDirectory
 from internlm2.run.metrics import read_records
 from internlm2.run.ranks import from_environment
+from internlm2.sources.toy_tokenizer import write_tokenizer
 from internlm2.stages import ppo_iteration, recipe
 from internlm2.stages.ppo_round import run_round
 
