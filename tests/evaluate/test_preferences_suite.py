@@ -20,12 +20,12 @@ class Longest(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.condition = condition
 
-    def forward(self, ids, bounds, longest=None):
+    def forward(self, ids, bounds, longest=None, at=None):
         values = torch.zeros(len(ids))
         for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
             sign = -1.0 if self.condition in ids[start:end].tolist() else 1.0
             values[end - 1] = sign * (end - start)
-        return values
+        return values if at is None else values[at]
 
 
 @pytest.fixture
