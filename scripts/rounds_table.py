@@ -63,15 +63,19 @@ def show(runs: dict[str, dict[str, list[float]]], found: dict[str, Any]) -> None
     table = Table(title="gold / score / KL (nats an answer)")
     for title in ("run", "SFT", *(f"round {number}" for number in range(1, count))):
         table.add_column(title)
-    for label, run in (*runs.items(), ("mean", found["mean"]), ("spread", found["spread"])):
+    over_runs = (("mean", found["mean"]), ("spread", found["spread"])) if len(runs) > 1 else ()
+    for label, run in (*runs.items(), *over_runs):
         table.add_row(label, *(" / ".join(f"{run[name][place]:.2f}" for name in NAMES) for place in range(count)))
     console = Console()
     console.print(table)
     console.print(f"every round of every run above SFT: {'yes' if found['every_round_above_sft'] else 'no'}")
-    console.print(
-        f"gold reward, last round minus first: {found['gain_from_first_to_last_round']:+.2f} in the mean, "
-        f"{found['spread_of_gain']:.2f} its spread, {found['spread_of_last_round']:.2f} that of the last round"
-    )
+    gain = f"gold reward, last round minus first: {found['gain_from_first_to_last_round']:+.2f}"
+    if len(runs) > 1:
+        gain += (
+            f" in the mean, {found['spread_of_gain']:.2f} its spread, {found['spread_of_last_round']:.2f} that of the "
+            "last round"
+        )
+    console.print(gain)
 
 
 def main() -> None:
